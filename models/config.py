@@ -1,0 +1,158 @@
+"""Every setting, its type, unit and default. Reads no environment and no file: `crosscurrent.py` does that
+(command line over environment over TOML over these defaults) and hands the result down.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class KafkaConfig(_Section):
+    """How to reach the brokers."""
+
+    bootstrap: str = "127.0.0.1:9092"
+    """Comma-separated host:port."""
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_cafile: Path | None = None
+    replication_factor: Annotated[int, Field(ge=1)] = 1
+    session_timeout_s: Positive = 10.0
+    heartbeat_interval_s: Positive = 2.0
+    fetch_max_wait_ms: Annotated[int, Field(ge=0)] = 20
+    request_timeout_s: Positive = 40.0
+
+
+class TopicsConfig(_Section):
+    """Names and sizes of our own topics. The platforms' topics are in the platform files."""
+
+    events: str = "events"
+    scores: str = "scores"
+    dead_letters: str = "dead_letters"
+    models: str = "models"
+    identities: str = "identities"
+    partitions: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Of `events`, `scores` and the state's changelog. Cannot change while state lives."""
+    events_retention_h: Positive = 24.0 * 30
+    scores_retention_h: Positive = 24.0 * 7
+    dead_letters_retention_h: Positive = 24.0 * 3
+
+
+class FoldConfig(_Section):
+    """Rules of the fold. The trainer and the worker must agree on them: an artifact made under others is refused."""
+
+    lateness_s: Positive = 3600.0
+    """How much later than the user's latest event one may come and still be folded."""
+    session_gap_s: Positive = 1800.0
+    return_horizon_s: Positive = 7 * 86400.0
+    idle_ttl_s: Positive = 180 * 86400.0
+    """A user idle for longer starts afresh."""
+
+
+class HorizonsConfig(_Section):
+    """Label horizons."""
+
+    click_s: Positive = 1800.0
+    purchase_s: Positive = 86400.0
+    return_s: Positive = 7 * 86400.0
+
+
+class PseudonymConfig(_Section):
+    """The key of the pseudonyms: HMAC-SHA-256. Exactly one of `key` and `key_file` for the stage ingest."""
+
+    key_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{2}$")] = "k1"
+    key: SecretStr | None = None
+    key_file: Path | None = None
+
+
+class WorkerConfig(_Section):
+    """One worker process."""
+
+    app_id: str = "crosscurrent"
+    """Consumer group and prefix of the changelog. Never changes while state lives."""
+    stages: tuple[Literal["ingest", "score"], ...] = ("ingest", "score")
+    platforms_dir: Path | None = None
+    """Folder of platform files; None: those that ship with the package."""
+    platforms: tuple[str, ...] = ()
+    """Names of the platform files to load; empty: all in the folder."""
+    data_dir: Path = Path(".crosscurrent")
+    commit_interval_s: Positive = 1.0
+    max_batch: Annotated[int, Field(ge=1, le=65536)] = 4096
+    """Most events in one micro-batch."""
+    future_tolerance_s: Positive = 300.0
+    on_corrupt_row: Literal["crash", "skip"] = "crash"
+    """What recovery does with a changelog row of wrong length or checksum. `skip` loses that user's state and counts it."""
+    size: Literal["cpu", "gpu"] = "cpu"
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda[:n]`."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Torch threads."""
+
+
+class StoreConfig(_Section):
+    """Where model artifacts lie (fsspec)."""
+
+    uri: str = ".crosscurrent/store"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "student"
+
+
+class TrainerConfig(_Section):
+    """The trainer."""
+
+    history_uri: str = ".crosscurrent/history"
+    """Parquet history of `events` (fsspec)."""
+    interval_s: Positive = 300.0
+    min_events: Annotated[int, Field(ge=1)] = 5000
+    """Matured events that a round needs."""
+    epochs: Annotated[int, Field(ge=1)] = 3
+    max_events: Annotated[int, Field(ge=1)] = 2_000_000
+    """Most recent events that a round trains on."""
+    batch_events: Annotated[int, Field(ge=64)] = 8192
+    learning_rate: Positive = 3e-3
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """Share of the matured time span, the latest, that gates."""
+    major_every: Annotated[int, Field(ge=1)] = 12
+    """Every n-th publication trains the recurrence anew (a major version); the others only heads and tables."""
+    seed: int = 0
+    threads: Annotated[int, Field(ge=1)] = 1
+
+
+class MetricsConfig(_Section):
+    """Prometheus metrics, /healthz and /readyz."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 9464
+    """0: any free port."""
+    trainer_port: Annotated[int, Field(ge=0, le=65535)] = 9465
+    enabled: bool = True
+
+
+class LogConfig(_Section):
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["auto", "json", "console"] = "auto"
+    """`auto`: console on a terminal, JSON lines otherwise."""
+
+
+class Settings(_Section):
+    """All of it."""
+
+    kafka: KafkaConfig = KafkaConfig()
+    topics: TopicsConfig = TopicsConfig()
+    fold: FoldConfig = FoldConfig()
+    horizons: HorizonsConfig = HorizonsConfig()
+    pseudonym: PseudonymConfig = PseudonymConfig()
+    worker: WorkerConfig = WorkerConfig()
+    store: StoreConfig = StoreConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log: LogConfig = LogConfig()
