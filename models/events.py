@@ -144,17 +144,17 @@ class IdentityLink(msgspec.Struct, kw_only=True):
 
 def hash64(text: str) -> int:
     """Stable 64-bit hash of an id (xxh3)."""
-    return xxhash.xxh3_64_intdigest(text)
+    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def hash32(text: str | None) -> int:
     """Stable 32-bit hash of an item or a category, never 0; 0 stands for none."""
-    return (xxhash.xxh3_64_intdigest(text) & 0xFFFFFFFF) or 1 if text else 0
+    return (xxhash.xxh3_64_intdigest(text.encode()) & 0xFFFFFFFF) or 1 if text else 0
 
 
 def platform_code(platform: str) -> int:
     """Stable 16-bit code of a platform's name, never 0. Two platforms of one deployment with equal codes are refused at start."""
-    return (xxhash.xxh3_64_intdigest(platform) & 0xFFFF) or 1
+    return (xxhash.xxh3_64_intdigest(platform.encode()) & 0xFFFF) or 1
 
 
 EVENT = np.dtype(
