@@ -5,6 +5,7 @@ The contracts (JSON Schema, `contracts/`) are generated from these types. Knows 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Annotated, Literal
 
 import msgspec
@@ -173,17 +174,16 @@ EVENT = np.dtype(
 )
 """One event as the fold sees it: 40 bytes."""
 
-PRICE_BUCKETS = 256
+PRICE_EDGES: tuple[float, ...] = tuple(0.01 * 2.0 ** (k / 8.0) for k in range(255))
+"""Lower edges of the price buckets 1 … 255: eight an octave, from 0.01 up."""
 
 
 def price_bucket(price: float | None) -> int:
-    """Log-scale price bucket: 0 for none or not positive; else 1 … 255, eight buckets an octave from 0.01 up.
-
-    A bucket's price is `0.01 * 2 ** ((bucket - 1) / 8)`.
-    """
+    """Log-scale price bucket: 0 for none or not positive; else the k in 1 … 255 with PRICE_EDGES[k-1] <= price
+    (1 also for less than the first edge). By comparison, not by logarithm, so that every machine agrees."""
     if price is None or not price > 0.0:
         return 0
-    return 1 + min(254, max(0, int(np.log2(price / 0.01) * 8.0)))
+    return bisect_right(PRICE_EDGES, price) or 1
 
 
 def to_columns(events: list[CanonicalEvent], offsets: np.ndarray) -> np.ndarray:

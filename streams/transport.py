@@ -1,0 +1,205 @@
+"""Faust's Kafka transport, turned from events to batches.
+
+                 fetch thread                         main thread
+  broker ─► aiokafka consumer ─► getmany ─► ONE Faust message a partition batch ─► agent ─► Committer ─► commit
+
+Faust's own path costs a future pair, a message and an ack an event (2 k events/s). Here a message's value is the list of
+fetched records, and its offset that of the last of them. Acknowledgement is not Faust's: a stage tells the committer
+which offset comes next once it has processed a batch, and `Consumer.force_commit` runs the committer's protocol.
+
+Relies on names that are not public, each held by tests/test_contract_parts.py. Knows nothing of what the records hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from aiokafka import AIOKafkaConsumer
+from aiokafka.structs import TopicPartition
+from faust.serializers.schemas import Schema
+from faust.stores import STORES
+from faust.transport.consumer import ensure_TP
+from faust.transport.drivers import TRANSPORTS
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, ConsumerMessage
+
+if TYPE_CHECKING:
+    from streams.commit import Committer
+
+log = structlog.get_logger("crosscurrent.transport")
+
+SCHEME = "crosscurrent"
+"""Broker URL scheme that selects this transport."""
+
+
+class BatchSchema(Schema):
+    """The value of a message is its list of records, untouched."""
+
+    def compile(self, app: Any, **kwargs: Any) -> Any:
+        create_event = app.create_event
+
+        async def decode(message: Any, *, propagate: bool = False) -> Any:
+            return create_event(None, message.value, message.headers, message)
+
+        return decode
+
+
+class ConsumerThread(driver.AIOKafkaConsumerThread):
+    """The fetch thread: Faust's, with a configurable wait and end offsets that hold on every broker."""
+
+    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._fetch_max_wait_ms = self.app.fetch_max_wait_ms  # Faust hard-codes 1500
+        return consumer
+
+    async def _highwaters(self, partitions: list[TP]) -> Mapping[TP, int]:
+        """End offsets. Some brokers answer ListOffsets(latest) with the last batch's base offset + 1: the high
+        watermark of a fetch there tells the true end."""
+        ends = await super()._highwaters(partitions)
+        found = {tp: end for tp, end in ends.items() if end}
+        if found:
+            ends = {**ends, **await self._probe(found)}
+        return ends
+
+    async def _probe(self, ends: dict[TP, int]) -> dict[TP, int]:
+        main = self._ensure_consumer()
+        probe = AIOKafkaConsumer(
+            bootstrap_servers=main._client._bootstrap_servers, fetch_max_wait_ms=100, **self.app.client_security
+        )
+        await probe.start()
+        try:
+            assigned = {TopicPartition(tp.topic, tp.partition): tp for tp in ends}
+            probe.assign(list(assigned))
+            for ktp, tp in assigned.items():
+                probe.seek(ktp, max(0, ends[tp] - 1))
+            out = {}
+            for _ in range(200):
+                await probe.getmany(timeout_ms=100)
+                out = {tp: probe.highwater(ktp) for ktp, tp in assigned.items() if probe.highwater(ktp) is not None}
+                if len(out) == len(assigned):
+                    return out
+            missing = sorted(f"{tp.topic}[{tp.partition}]" for tp in ends if tp not in out)
+            raise TimeoutError(f"no high watermark within 20 s of {', '.join(missing)}; is the broker healthy?")
+        finally:
+            await probe.stop()
+
+
+class Consumer(driver.Consumer):
+    """One message a fetched partition batch; offsets committed by the committer alone."""
+
+    committer: Committer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.committer = self.app.committer
+        self._seeks = 0
+
+    def _new_consumer_thread(self) -> ConsumerThread:
+        return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
+        seeks = self._seeks
+        records, active = await self._wait_next_records(timeout)
+        generation = self.app.consumer_generation_id
+        if records is None or self.should_stop:
+            return
+        if not self.flow_active or (records and seeks != self._seeks):
+            # Fetched before a seek or while stopped: the positions have moved past records that nobody saw.
+            await self.perform_seek()
+            return
+        for ktp, batch in records.items():
+            tp = ensure_TP(ktp)
+            if not self.flow_active or self.app.consumer_generation_id != generation:
+                break
+            if active is None or tp in active or tp in self._buffered_partitions:
+                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+                yield tp, _to_message(tp, batch, generation)
+
+    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
+        """Offsets within a batch are no gap."""
+
+    def ack(self, message: Any) -> bool:
+        """Only lets go of the message; what may be committed is the committer's to know."""
+        if message.acked:
+            return False
+        message.acked = True
+        self._unacked_messages.discard(message)
+        return True
+
+    async def perform_seek(self) -> None:
+        """Back to what is committed. Stages are told, so that they expect those offsets again."""
+        self._seeks += 1
+        self._read_offset.clear()
+        await super().perform_seek()
+        self.committer.on_seek({tp: offset for tp, offset in self._committed_offset.items() if offset is not None})
+
+    async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
+        return await self.committer.commit()
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """The commit protocol first, within half the session timeout: Faust forgets before it calls back."""
+        if revoked and not self.app.should_stop:
+            self.stop_flow()
+            self.app.flow_control.suspend()
+            self.app.flow_control.clear()
+            try:
+                await asyncio.wait_for(self.committer.commit(), self.app.conf.broker_session_timeout / 2)
+            except TimeoutError:
+                log.warning("commit.revoked_unfinished", hint="scores of the last interval will be sent again")
+        self.committer.on_revoked(revoked)
+        await super().on_partitions_revoked(revoked)
+
+    async def commit_offsets(self, offsets: dict[TP, int]) -> bool:
+        """Step 4 of the commit protocol: offsets of partitions that are still ours. False if the group moved on."""
+        assignment = self.assignment()
+        mine = {tp: offset for tp, offset in offsets.items() if tp in assignment}
+        if not mine or not await self._commit(mine):
+            return False
+        self._committed_offset.update(mine)
+        self.app.monitor.on_tp_commit(mine)
+        return True
+
+
+def _to_message(tp: TP, batch: list[Any], generation: int) -> ConsumerMessage:
+    last = batch[-1]
+    return ConsumerMessage(
+        tp.topic,
+        tp.partition,
+        last.offset,
+        last.timestamp / 1000.0,
+        last.timestamp_type,
+        (),
+        None,
+        batch,
+        None,
+        0,
+        0,
+        tp,
+        generation_id=generation,
+    )
+
+
+class Producer(driver.Producer):
+    """Faust's producer: every acknowledgement, and idempotent where the broker can."""
+
+    def _settings_extra(self) -> Mapping[str, Any]:
+        return {**super()._settings_extra(), "enable_idempotence": self.app.idempotent_producer}
+
+
+class Transport(driver.Transport):
+    Consumer = Consumer
+    Producer = Producer
+
+
+def register() -> None:
+    """Makes `crosscurrent://` brokers and `arena://` stores known to Faust. Idempotent."""
+    TRANSPORTS.aliases[SCHEME] = "streams.transport:Transport"
+    STORES.aliases["arena"] = "streams.arena:ArenaStore"
+
+
+def batches(records: list[Any], most: int) -> Iterable[list[Any]]:
+    """A fetched batch in micro-batches of at most `most` records, in order."""
+    return (records[i : i + most] for i in range(0, len(records), most))
