@@ -31,6 +31,8 @@ class KafkaConfig(_Section):
     heartbeat_interval_s: Positive = 2.0
     fetch_max_wait_ms: Annotated[int, Field(ge=0)] = 20
     request_timeout_s: Positive = 40.0
+    idempotence: bool = True
+    """Idempotent producer, so that a retry sends nothing twice. False for a broker that cannot (the embedded one)."""
 
 
 class TopicsConfig(_Section):

@@ -217,6 +217,9 @@ class ArenaStore(base.Store):
                 return self.arena.rows[index[key]].copy()
         raise KeyError(key)
 
+    def __contains__(self, key: object) -> bool:
+        return any(key in index for index in self.arena._index.values())
+
     def __iter__(self) -> Iterator[bytes]:
         return (key for _, key, _ in self.arena.items())
 

@@ -58,9 +58,9 @@ def columns(events: list[CanonicalEvent], offsets: list[int]) -> np.ndarray:
     digest = xxhash.xxh3_64_intdigest
     out["offset"] = offsets
     out["ts"] = [e.ts for e in events]
-    out["id"] = [digest(e.event_id) for e in events]
-    out["item"] = [(digest(e.item) & 0xFFFFFFFF) or 1 if e.item else 0 for e in events]
-    out["category"] = [(digest(e.category) & 0xFFFFFFFF) or 1 if e.category else 0 for e in events]
+    out["id"] = [digest(e.event_id.encode()) for e in events]
+    out["item"] = [(digest(e.item.encode()) & 0xFFFFFFFF) or 1 if e.item else 0 for e in events]
+    out["category"] = [(digest(e.category.encode()) & 0xFFFFFFFF) or 1 if e.category else 0 for e in events]
     out["quantity"] = [1.0 if e.quantity is None else e.quantity for e in events]
     out["platform"] = [_code(e.platform) for e in events]
     out["kind"] = [KIND_CODE[e.kind] for e in events]

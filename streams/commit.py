@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
@@ -123,6 +123,7 @@ class Committer:
         self._sends: set[asyncio.Future] = set()
         self.consumer: Any = None
         self.sender: Sender
+        self.on_failure: Callable[[BaseException], None]
 
     @property
     def arena(self) -> Arena | None:
@@ -150,7 +151,17 @@ class Committer:
             self._committed.pop(tp, None)
 
     async def commit(self) -> bool:
-        """Steps 1 to 4. True if offsets were committed. A second caller waits and then runs a commit of its own."""
+        """Steps 1 to 4. True if offsets were committed. A second caller waits and then runs a commit of its own.
+
+        A failure is handed to `on_failure`, which does not return: after it nothing may be committed any more.
+        """
+        try:
+            return await self._commit()
+        except Exception as error:
+            self.on_failure(error)
+            raise
+
+    async def _commit(self) -> bool:
         async with self._lock:
             started_s = time.monotonic()
             # step 1
@@ -210,7 +221,8 @@ async def gather_all(futures: Iterable[asyncio.Future]) -> list[Any]:
 class Sender:
     """Sends records in whole batches to one partition and tells when they are acknowledged."""
 
-    def __init__(self, producer: Any, watchdog: Watchdog, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, producer: Callable[[], Any], watchdog: Watchdog, loop: asyncio.AbstractEventLoop) -> None:
+        """`producer` gives the aiokafka producer, which exists only once the app has started."""
         self._producer = producer
         self._watchdog = watchdog
         self._loop = loop
@@ -231,12 +243,13 @@ class Sender:
         return task
 
     def _build(self, records: list[tuple], now_ms: int) -> list[Any]:
-        builder = self._producer.create_batch()
+        create = self._producer().create_batch
+        builder = create()
         builders = [builder]
         for key, value, *headers in records:
             extra = headers[0] if headers else []
             if builder.append(timestamp=now_ms, key=key, value=value, headers=extra) is None:
-                builder = self._producer.create_batch()
+                builder = create()
                 builders.append(builder)
                 builder.append(timestamp=now_ms, key=key, value=value, headers=extra)
         return builders
@@ -249,6 +262,6 @@ class Sender:
         for builder in builders:
             self._watchdog.check()
             records = builder.record_count()
-            ack = await self._producer.send_batch(builder, topic, partition=partition)
+            ack = await self._producer().send_batch(builder, topic, partition=partition)
             last = (await ack).offset + records - 1
         return last

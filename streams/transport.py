@@ -26,6 +26,8 @@ from faust.transport.drivers import TRANSPORTS
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
+from streams.kafka import end_offsets
+
 if TYPE_CHECKING:
     from streams.commit import Committer
 
@@ -56,35 +58,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return consumer
 
     async def _highwaters(self, partitions: list[TP]) -> Mapping[TP, int]:
-        """End offsets. Some brokers answer ListOffsets(latest) with the last batch's base offset + 1: the high
-        watermark of a fetch there tells the true end."""
-        ends = await super()._highwaters(partitions)
-        found = {tp: end for tp, end in ends.items() if end}
-        if found:
-            ends = {**ends, **await self._probe(found)}
-        return ends
-
-    async def _probe(self, ends: dict[TP, int]) -> dict[TP, int]:
-        main = self._ensure_consumer()
-        probe = AIOKafkaConsumer(
-            bootstrap_servers=main._client._bootstrap_servers, fetch_max_wait_ms=100, **self.app.client_security
-        )
-        await probe.start()
-        try:
-            assigned = {TopicPartition(tp.topic, tp.partition): tp for tp in ends}
-            probe.assign(list(assigned))
-            for ktp, tp in assigned.items():
-                probe.seek(ktp, max(0, ends[tp] - 1))
-            out = {}
-            for _ in range(200):
-                await probe.getmany(timeout_ms=100)
-                out = {tp: probe.highwater(ktp) for ktp, tp in assigned.items() if probe.highwater(ktp) is not None}
-                if len(out) == len(assigned):
-                    return out
-            missing = sorted(f"{tp.topic}[{tp.partition}]" for tp in ends if tp not in out)
-            raise TimeoutError(f"no high watermark within 20 s of {', '.join(missing)}; is the broker healthy?")
-        finally:
-            await probe.stop()
+        """End offsets as the high watermarks of fetches have them: ListOffsets is not right on every broker."""
+        ends = await end_offsets(self._ensure_consumer()._client, [TopicPartition(*tp) for tp in partitions])
+        return {tp: ends[TopicPartition(*tp)] for tp in partitions}
 
 
 class Consumer(driver.Consumer):

@@ -1,0 +1,418 @@
+"""The worker: one Faust app with the agents `ingest` and `score`, and everything around them.
+
+    run_worker ─► topics exist ─► Faust app (transport, table on an arena, agents) ─► ready
+                                        ├─ models, identities: read to the end, then followed
+                                        ├─ lag, hold-back, health: every second
+                                        └─ SIGTERM/SIGINT: drain by the commit protocol, exit 0
+
+Crash-only: what cannot be handled ends the process with the reason and commits nothing; the next start goes on from the
+last commit. Knows how the parts fit; the parts know their work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import faust
+import structlog
+from faust.types import TP
+from yarl import URL
+
+from models.config import Settings
+from models.errors import ConfigError, CrosscurrentError
+from models.fold import warm as warm_fold
+from streams import codec
+from streams.arena import ArenaStore
+from streams.commit import Committer, KillSwitch, Sender, Watchdog
+from streams.compacted import CompactedReader
+from streams.identities import Identities
+from streams.ingest import HoldBack, IngestStage
+from streams.kafka import CHANGELOG_CONFIG, client_options, create_topics
+from streams.metrics import Health, Metrics, OpsServer
+from streams.model_feed import ModelFeed
+from streams.platforms import Platform, load_platforms
+from streams.pseudonym import Pseudonymiser
+from streams.score import ScoreStage
+from streams.transport import SCHEME, BatchSchema, batches, register
+
+log = structlog.get_logger("crosscurrent.worker")
+
+SHIPPED_PLATFORMS = Path(__file__).resolve().parent.parent / "deploy" / "platforms"
+TABLE = "user_state"
+EXIT_CRASHED = 70
+
+_SENDS_AHEAD = 4
+"""Micro-batches of one agent whose sends may be unacknowledged before it takes the next: bounds memory."""
+_LONGEST_START_S = 120.0
+
+
+class CrosscurrentApp(faust.App):
+    """Faust's app with what our transport asks of it."""
+
+    committer: Committer
+    fetch_max_wait_ms: int
+    idempotent_producer: bool
+
+    async def _stop_consumer(self) -> None:
+        """Drain: nothing more is taken in, then everything taken in is committed, then Faust stops."""
+        if self._consumer is not None and self.committer.consumer is not None:
+            self._consumer.stop_flow()
+            self.flow_control.suspend()
+            self.flow_control.clear()
+            await self.committer.commit()
+        await super()._stop_consumer()
+
+
+class Worker:
+    """One worker process, from settings to exit code."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.stages = settings.worker.stages
+        self.metrics = Metrics()
+        self.health = Health()
+        self.kill = KillSwitch(os.environ.get("CROSSCURRENT_KILL_AT"))
+        self.watchdog = Watchdog(settings.kafka.session_timeout_s)
+        self.platforms = self._load_platforms() if "ingest" in self.stages else []
+        self.pseudonymiser = Pseudonymiser(settings.pseudonym) if "ingest" in self.stages else None
+        self.identities = Identities()
+        self.hold_back = HoldBack(self.platforms, settings.fold.lateness_s)
+        self._held: set[TP] = set()
+        self._tasks: list[asyncio.Task] = []
+        self._readers: list[CompactedReader] = []
+        self.feed: ModelFeed | None = None
+        self.ingest: IngestStage | None = None
+        self.score: ScoreStage | None = None
+
+    @property
+    def app_id(self) -> str:
+        """The group. `ingest` alone has one of its own, so that every member of a group reads the same topics."""
+        return self.settings.worker.app_id + ("" if "score" in self.stages else "-ingest")
+
+    @property
+    def changelog_topic(self) -> str:
+        return f"{self.app_id}-{TABLE}-changelog"
+
+    def _load_platforms(self) -> list[Platform]:
+        worker = self.settings.worker
+        return load_platforms(worker.platforms_dir or SHIPPED_PLATFORMS, worker.platforms)
+
+    # -- start and stop
+
+    async def run(self) -> int:
+        """Until SIGTERM or SIGINT. Returns the exit code; a crash ends the process from `fatal`."""
+        settings = self.settings
+        self._loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(signum, stop.set)
+        ops = OpsServer(self.metrics.registry, self.health, settings.metrics.host, settings.metrics.port)
+        if settings.metrics.enabled:
+            log.info("metrics.listening", host=settings.metrics.host, port=ops.start())
+        self.metrics.recovery_in_progress.set(0)
+        await self._create_topics()
+        await asyncio.to_thread(_warm)
+        if "score" in self.stages:
+            self.feed = await asyncio.to_thread(ModelFeed, settings, self.metrics)
+        self._build_app()
+        self.watchdog.start()
+        self._follow()
+        await self.app.start()
+        self._spawn("watch", self._watch())
+        await stop.wait()
+        log.info("worker.draining")
+        await self._shut_down(ops)
+        log.info("worker.stopped")
+        return 0
+
+    async def _shut_down(self, ops: OpsServer) -> None:
+        for condition in ("assigned", "recovered"):
+            self.health.set(condition, False)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.app.stop()
+        self.watchdog.stop()
+        if self.settings.metrics.enabled:
+            ops.close()
+
+    async def _create_topics(self) -> None:
+        settings = self.settings
+        extra = [(topic, -1, {}) for platform in self.platforms for topic in platform.topics]
+        if "score" in self.stages:
+            extra.append((self.changelog_topic, settings.topics.partitions, CHANGELOG_CONFIG))
+        created = await create_topics(settings.kafka, settings.topics, extra)
+        if created:
+            log.info("topics.created", topics=created)
+
+    def _follow(self) -> None:
+        """Starts the readers of `models` and `identities`; the agents wait for their ends."""
+        topics, options = self.settings.topics, client_options(self.settings.kafka)
+        self._identities_reader = CompactedReader(topics.identities, self.identities.on_records, options)
+        if self.ingest is not None:
+            self._spawn("identities", self._identities_reader.run())
+        if self.feed is not None:
+            self._models_reader = CompactedReader(topics.models, self.feed.on_records, options)
+            self._spawn("models", self._models_reader.run())
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                self.fatal(name, error)
+
+        self._tasks.append(self._loop.create_task(guarded(), name=name))
+
+    def fatal(self, where: str, error: BaseException) -> None:
+        """Ends the process, with the reason, without committing anything."""
+        expected = error if isinstance(error, CrosscurrentError) else None
+        log.critical("worker.crashed", where=where, reason=str(error) or repr(error), exc_info=None if expected else error)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_CRASHED)
+
+    # -- the Faust app
+
+    def _build_app(self) -> None:
+        settings = self.settings
+        register()
+        app = self.app = CrosscurrentApp(self.app_id, **_faust_options(settings))
+        app.fetch_max_wait_ms = settings.kafka.fetch_max_wait_ms
+        app.idempotent_producer = settings.kafka.idempotence
+        store = None
+        if "score" in self.stages:
+            table = app.Table(
+                TABLE,
+                partitions=settings.topics.partitions,
+                store=f"arena://{settings.worker.size}",
+                recovery_buffer_size=4,
+                key_type=bytes,
+                value_type=bytes,
+                extra_topic_configs=CHANGELOG_CONFIG,
+            )
+            table.changelog_topic.schema = BatchSchema()
+            store = table.data
+            store.on_corrupt_row = settings.worker.on_corrupt_row
+        self.store: ArenaStore | None = store
+        self.committer = Committer(store, self.changelog_topic, self.metrics, self.kill)
+        self.committer.on_failure = lambda error: self.fatal("commit", error)
+        app.committer = self.committer
+        self.sender = Sender(lambda: app.producer._producer, self.watchdog, self._loop)
+        self.committer.sender = self.sender
+        self._add_agents()
+        app.on_partitions_assigned.connect(self._on_assigned)
+        app.on_partitions_revoked.connect(self._on_revoked)
+
+    def _add_agents(self) -> None:
+        settings, topics = self.settings, self.settings.topics
+        if "ingest" in self.stages:
+            self.ingest = IngestStage(
+                self.platforms,
+                self.pseudonymiser,
+                self.identities,
+                self.sender,
+                self.committer,
+                self.metrics,
+                events_topic=topics.events,
+                dead_letters_topic=topics.dead_letters,
+                partitions=topics.partitions,
+                future_tolerance_s=settings.worker.future_tolerance_s,
+            )
+            sources = [topic for platform in self.platforms for topic in platform.topics]
+            channel = self.app.topic(*sources, schema=BatchSchema())
+            self.app.agent(channel, name="ingest")(self._ingest_agent)
+        if "score" in self.stages:
+            self.score = ScoreStage(
+                self.store.arena,
+                self.feed,
+                self.sender,
+                self.committer,
+                self.metrics,
+                self.kill,
+                scores_topic=topics.scores,
+                dead_letters_topic=topics.dead_letters,
+                partitions=topics.partitions,
+            )
+            channel = self.app.topic(topics.events, schema=BatchSchema(), partitions=topics.partitions)
+            self.app.agent(channel, name="score")(self._score_agent)
+
+    async def _ingest_agent(self, stream: Any) -> None:
+        await self._identities_reader.at_end.wait()
+        await self._drive("ingest", stream, self.ingest)
+
+    async def _score_agent(self, stream: Any) -> None:
+        await self._models_reader.at_end.wait()
+        self.health.set("model", True)
+        await self._drive("score", stream, self.score)
+
+    async def _drive(self, name: str, stream: Any, stage: IngestStage | ScoreStage) -> None:
+        """Batches of one stage, strictly in order. What cannot be processed ends the process: Faust would skip it."""
+        ahead: deque[list[asyncio.Task]] = deque()
+        try:
+            async for event in stream.events():
+                for records in batches(event.value, self.settings.worker.max_batch):
+                    if not self._is_current(event.message):
+                        break
+                    ahead.append(stage.process(event.message.tp, records))
+                    if len(ahead) > _SENDS_AHEAD:
+                        await asyncio.wait(ahead.popleft() or [asyncio.sleep(0)])
+                    else:
+                        await asyncio.sleep(0)
+        except Exception as error:
+            self.fatal(name, error)
+
+    def _is_current(self, message: Any) -> bool:
+        """False for what was fetched before a rebalance or while one goes on: the consumer seeks back afterwards."""
+        consumer = self.app.consumer
+        return consumer.flow_active and message.generation_id == self.app.consumer_generation_id
+
+    # -- what happens around them
+
+    async def _on_assigned(self, sender: Any, assigned: set[TP], **kwargs: Any) -> None:
+        self.metrics.rebalances.inc()
+        self.committer.consumer = self.app.consumer
+        self.health.set("assigned", True)
+
+    async def _on_revoked(self, sender: Any, revoked: set[TP], **kwargs: Any) -> None:
+        self.health.set("assigned", False)
+        self.metrics.forget_lag()
+
+    async def _watch(self) -> None:
+        """Health, lag, recovery and hold-back, several times a second."""
+        recovery_started_s: float | None = None
+        while True:
+            self.health.beat()
+            recovering = bool(self.store is not None and self.app.in_recovery)
+            if recovering and recovery_started_s is None:
+                recovery_started_s = time.monotonic()
+            if not recovering and recovery_started_s is not None:
+                self.metrics.recovery_seconds.set(time.monotonic() - recovery_started_s)
+                recovery_started_s = None
+            self.metrics.recovery_in_progress.set(recovering)
+            self._watch_state()
+            consumer = self.app.consumer
+            ready = not recovering and not self.app.rebalancing and consumer.flow_active
+            self.health.set("recovered", ready)
+            if "score" not in self.stages:
+                self.health.set("model", True)
+            if ready:
+                self._watch_sources(consumer)
+            if self.app.should_stop or self.app.crashed:
+                raise CrosscurrentError(f"Faust stopped the app: {self.app.crash_reason!r}")
+            await asyncio.sleep(0.25)
+
+    def _watch_state(self) -> None:
+        if self.store is None:
+            return
+        if self.store.failure is not None:
+            raise self.store.failure
+        self.metrics.state_rows.set(len(self.store.arena))
+        self.metrics.state_bytes.set(self.store.arena.nbytes)
+        new = self.store.recovered_rows - self._counted_rows
+        self._counted_rows += new
+        self.metrics.recovery_rows.inc(new)
+
+    _counted_rows = 0
+
+    def _watch_sources(self, consumer: Any) -> None:
+        behind = set()
+        for tp in consumer.assignment():
+            if tp.topic == self.changelog_topic:
+                continue
+            high = consumer.highwater(tp)
+            if high is None:
+                continue
+            lag = max(0, high - (self.committer.position(tp) or 0))
+            self.metrics.lag_events.labels(tp.topic, str(tp.partition)).set(lag)
+            if lag and self.ingest is not None and tp.topic != self.settings.topics.events:
+                behind.add(tp)
+        if self.ingest is not None:
+            self._apply_hold_back(consumer, self.hold_back.held(self.ingest.latest_ts, behind))
+
+    def _apply_hold_back(self, consumer: Any, held: set[TP]) -> None:
+        if freed := self._held - held:
+            consumer.resume_partitions(freed & consumer.assignment())
+        if new := held - self._held:
+            consumer.pause_partitions(new)
+        self._held = held
+
+
+def _faust_options(settings: Settings) -> dict[str, Any]:
+    kafka, worker = settings.kafka, settings.worker
+    servers = [URL(f"{SCHEME}://{server.strip()}") for server in kafka.bootstrap.split(",")]
+    return {
+        "broker": servers,
+        "broker_credentials": _credentials(settings),
+        "datadir": str(worker.data_dir / "faust"),
+        "store": "memory://",
+        "web_enabled": False,
+        "topic_partitions": settings.topics.partitions,
+        "topic_replication_factor": kafka.replication_factor,
+        "topic_disable_leader": True,
+        "table_standby_replicas": 0,
+        "stream_wait_empty": False,
+        "stream_buffer_maxsize": 16,
+        "broker_session_timeout": kafka.session_timeout_s,
+        "broker_heartbeat_interval": kafka.heartbeat_interval_s,
+        "broker_request_timeout": kafka.request_timeout_s,
+        "broker_commit_interval": worker.commit_interval_s,
+        "consumer_auto_offset_reset": "earliest",
+        "consumer_max_fetch_size": 1 << 20,
+        "producer_acks": -1,
+        "producer_linger": 0.0,
+        "producer_max_batch_size": 900_000,
+        "producer_max_request_size": 4 << 20,
+        "producer_request_timeout": kafka.request_timeout_s,
+    }
+
+
+def _credentials(settings: Settings) -> Any:
+    options = client_options(settings.kafka)
+    protocol, context = options["security_protocol"], options.get("ssl_context")
+    if protocol == "PLAINTEXT":
+        return None
+    if protocol == "SSL":
+        return faust.SSLCredentials(context=context)
+    return faust.SASLCredentials(
+        username=options["sasl_plain_username"],
+        password=options["sasl_plain_password"],
+        mechanism=options["sasl_mechanism"],
+        ssl_context=context,
+    )
+
+
+def _warm() -> None:
+    warm_fold()
+    codec.warm()
+
+
+def quiet_parts() -> None:
+    """Faust and aiokafka build debug records even when nobody reads them."""
+    for name in ("aiokafka", "faust", "faust.topics", "faust.app", "mode"):
+        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
+
+
+def run_worker(settings: Settings) -> int:
+    """Runs one worker until it is told to stop. Returns the exit code.
+
+    Raises ConfigError for what is wrong with the settings, the platform files or the topics.
+    """
+    import torch
+
+    torch.set_num_threads(settings.worker.threads)
+    quiet_parts()
+    unknown = set(settings.worker.stages) - {"ingest", "score"}
+    if unknown or not settings.worker.stages:
+        raise ConfigError("worker.stages needs `ingest`, `score` or both")
+    return asyncio.run(Worker(settings).run())

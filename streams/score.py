@@ -1,0 +1,165 @@
+"""The stage `score`: `events` → rows of user state → student → `scores`.
+
+    records ─► decode ─► slots ─► Scorer.run: stale h rebuilt, fold, student ─► encode ─► send
+                 └─ not canonical ─► `dead_letters`        └─ duplicate: no score
+
+One thread, one micro-batch at a time, and no await between the fold and the registration of its sends: whatever the
+commit protocol snapshots is consistent. Knows rows, models and records; not Faust and not how offsets are committed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+from faust.types import TP
+
+from models.errors import CrosscurrentError, EventRefused
+from models.events import SCORE_SCHEMA, CanonicalEvent, Probabilities, ScoreRecord
+from models.fold import DUPLICATE, TOO_LATE
+from models.scorer import Scores
+from streams.arena import Arena
+from streams.codec import columns, decode_events, encode_json
+from streams.commit import Committer, KillSwitch, Sender
+from streams.dead_letters import dead_letter
+from streams.metrics import Metrics
+from streams.model_feed import ModelFeed
+
+COLD_EVENTS = 3
+"""A user with at most so many folded events is cold."""
+
+_DIGITS = 6
+
+
+class ScoreStage:
+    """One micro-batch at a time: `process` names the whole path."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        feed: ModelFeed,
+        sender: Sender,
+        committer: Committer,
+        metrics: Metrics,
+        kill: KillSwitch,
+        *,
+        scores_topic: str,
+        dead_letters_topic: str,
+        partitions: int,
+    ) -> None:
+        self._arena = arena
+        self._feed = feed
+        self._sender = sender
+        self._committer = committer
+        self._metrics = metrics
+        self._kill = kill
+        self._scores_topic = scores_topic
+        self._dead_letters_topic = dead_letters_topic
+        self._partitions = partitions
+
+    def process(self, tp: TP, records: list[Any]) -> list[Any]:
+        """Folds and scores `records` of one partition of `events`.
+
+        Returns the tasks of its sends, registered with the committer; nothing is awaited. Raises where offsets are
+        missing: going on would lose the events between.
+        """
+        self._check_contiguous(tp, records)
+        self._feed.swap()
+        stage = self._metrics.stage
+        with stage["decode"].time():
+            events, good, refused = decode_events(records)
+            batch = columns(events, [record.offset for record in good])
+        sends = self._send_refused(refused)
+        if events:
+            scores, cold, status = self._fold_and_score(tp.partition, batch, [record.key for record in good])
+            with stage["encode"].time():
+                now_ms = int(time.time() * 1000)
+                out, received_ms = self._encode(events, good, scores, cold, status, now_ms)
+            self._kill("after_fold")
+            if out:
+                with stage["send"].time():
+                    sends.append(self._sender.send(self._scores_topic, tp.partition, out, now_ms))
+                self._metrics.event_to_score_seconds.observe_many(np.maximum(0, now_ms - received_ms) / 1000.0)
+            self._count(events, status)
+        for send in sends:
+            self._committer.register(send)
+        self._committer.processed(tp, records[-1].offset + 1)
+        self._kill("after_send")
+        return sends
+
+    def _check_contiguous(self, tp: TP, records: list[Any]) -> None:
+        expected = self._committer.position(tp)
+        if expected is not None and records[0].offset > expected:
+            raise CrosscurrentError(
+                f"{tp.topic}[{tp.partition}]: offset {records[0].offset} came where {expected} was due. The worker stops "
+                "so that nothing is skipped; start it again to read from the last commit. If retention removed the "
+                "events between, lengthen topics.events_retention_h"
+            )
+
+    def _fold_and_score(self, partition: int, batch: np.ndarray, keys: list[bytes]) -> tuple[Scores, Any, np.ndarray]:
+        arena = self._arena
+        with self._metrics.stage["slots"].time():
+            slots = arena.slots(partition, keys)
+        with self._metrics.stage["score"].time():
+            scores, status = self._feed.current.run(arena.rows, slots, batch)
+            arena.mark_dirty(slots)
+        return scores, arena.rows["n_events"][slots] <= COLD_EVENTS, status
+
+    def _encode(
+        self, events: list[CanonicalEvent], records: list[Any], scores: Scores, cold: Any, status: np.ndarray, now_ms: int
+    ) -> tuple[list[tuple[bytes, bytes]], np.ndarray]:
+        """→ ((key, score record) of every event that is no duplicate, the Kafka times (ms) of those events)."""
+        model = self._feed.current.model
+        name, degraded = model.version, model.degraded
+        names = model.categories.names if model.categories is not None else []
+        p = np.round(scores.p_N3.astype(np.float64), _DIGITS).tolist()
+        shift = np.round(scores.shift_N.astype(np.float64), _DIGITS).tolist()
+        category = scores.category_N5.tolist()
+        category_p = np.round(scores.category_p_N5.astype(np.float64), _DIGITS).tolist()
+        out, received_ms = [], []
+        rows = zip(events, records, p, shift, category, category_p, cold.tolist(), status.tolist(), strict=True)
+        for event, record, (click, purchase, return_), drift, top, top_p, is_cold, how in rows:
+            if how == DUPLICATE:
+                continue
+            score = ScoreRecord(
+                schema=SCORE_SCHEMA,
+                event_id=event.event_id,
+                user=event.user,
+                platform=event.platform,
+                ts=event.ts,
+                scored_at=now_ms,
+                model=name,
+                p=Probabilities(click=click, purchase=purchase, return_=return_),
+                churn=round(1.0 - return_, _DIGITS),
+                categories=[(names[c], q) for c, q in zip(top, top_p, strict=True) if c >= 0],
+                interest_shift=drift,
+                cold=is_cold,
+                degraded=degraded,
+            )
+            out.append((record.key, encode_json(score)))  # NaN becomes null
+            received_ms.append(record.timestamp)
+        return out, np.array(received_ms, np.int64)
+
+    def _send_refused(self, refused: list[tuple[Any, EventRefused]]) -> list[Any]:
+        by_partition = defaultdict(list)
+        now_ms = int(time.time() * 1000)
+        for record, error in refused:
+            by_partition[record.partition % self._partitions].append(dead_letter(record, "score", error, now_ms))
+            self._metrics.refused.labels("unknown", error.reason, "score").inc()
+        return [self._sender.send(self._dead_letters_topic, p, out) for p, out in by_partition.items()]
+
+    def _count(self, events: list[CanonicalEvent], status: np.ndarray) -> None:
+        metrics = self._metrics
+        metrics.batch_events.labels("score").observe(len(events))
+        platforms = [event.platform for event in events]
+        for platform, n in Counter(platforms).items():
+            metrics.events.labels(platform, "score").inc(n)
+        duplicates = Counter(platforms[i] for i in np.flatnonzero(status == DUPLICATE).tolist())
+        for platform, n in Counter(platforms).items():
+            metrics.scores.labels(platform).inc(n - duplicates.get(platform, 0))
+        for platform, n in duplicates.items():
+            metrics.duplicates.labels(platform).inc(n)
+        for i in np.flatnonzero(status == TOO_LATE).tolist():
+            metrics.late.labels(platforms[i]).inc()
