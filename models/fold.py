@@ -116,33 +116,29 @@ def fold_params(config: FoldConfig) -> FoldParams:
     )
 
 
-def fold(
-    rows: np.ndarray,
-    slots: np.ndarray,
-    events: np.ndarray,
-    params: FoldParams,
-    features: np.ndarray,
-    dt_s: np.ndarray,
-    status: np.ndarray,
-) -> None:
+@_jit
+def fold(rows, slots, events, params, features, dt_s, status):
     """Folds a batch of events into the rows of their users, in place.
 
     rows: (cap,) of `row_dtype(size)`. slots: (n,) int64, the row of each event's user. events: (n,) EVENT, in offset
-    order within a user; users may be mixed. Out, each (>= n, …): features (·, N_FEATURES) float32; dt_s float32,
-    seconds since the user's last event, 0 for a first or a late one; status uint8: FOLDED, REPLAYED, DUPLICATE or
-    TOO_LATE. A score of a FOLDED event speaks of a state that includes it; features of a DUPLICATE are 0.
-    Raises ValueError, before any row has changed, for a slot or a kind out of range and for arrays that do not fit.
+    order within a user; users may be mixed. params: FoldParams. Out, each (>= n, …): features (·, N_FEATURES) float32;
+    dt_s float32, seconds since the user's last event, 0 for a first or a late one; status uint8: FOLDED, REPLAYED,
+    DUPLICATE or TOO_LATE. A score of a FOLDED event speaks of a state that includes it; features of a DUPLICATE are 0.
+
+    Raises ValueError, before any row has changed, for lengths that do not fit and for a slot or a kind out of range.
+    Compiled, so other compiled functions can call it. Give it writeable, contiguous arrays of just these types: `warm`
+    has compiled it for them, and any other kind would be compiled on its first call, for seconds.
     """
-    slots = np.require(slots, np.int64, "CW")
-    events = np.require(events, EVENT, "CW")
-    if slots.shape != events.shape:
-        raise ValueError(f"slots {slots.shape} and events {events.shape} differ in length")
-    _check_out(len(events), features, dt_s)
-    _check_array("status", status, np.uint8, (len(events),))
-    _check_rows(rows, slots)
-    if len(events) and int(events["kind"].max()) >= N_KINDS:
-        raise ValueError(f"an event has a kind code over {N_KINDS - 1}")
-    _fold_all(rows, slots, events, params, features, dt_s, status)
+    n = len(events)
+    if len(slots) != n or min(len(features), len(dt_s), len(status)) < n or features.shape[1] != N_FEATURES:
+        raise ValueError("fold: slots, events and the outputs do not fit together")
+    for i in range(n):
+        if not 0 <= slots[i] < len(rows):
+            raise ValueError("fold: a slot lies outside the rows")
+        if events[i].kind >= N_KINDS:
+            raise ValueError("fold: a kind code that there is none of")
+    for i in range(n):
+        status[i], dt_s[i] = _fold_one(rows[slots[i]], events[i], params, features[i])
 
 
 def refold_rings(
@@ -159,13 +155,12 @@ def refold_rings(
     [i*K : i*K + n] of features (>= m*K, N_FEATURES) float32, dt_s (>= m*K,) float32, events_out (>= m*K,) EVENT;
     returns n (m,) int64. The ring keeps no offset and no quantity: events have their place in the ring and 1 instead.
     """
-    slots = np.require(slots, np.int64, "CW")
     n_out = len(slots) * rows.dtype["ring_ts"].shape[0]
-    _check_out(n_out, features, dt_s)
-    _check_array("events_out", events_out, EVENT, (n_out,))
-    _check_rows(rows, slots)
-    scratch = np.zeros(1, rows.dtype)
-    counts = np.empty(len(slots), np.int64)
+    if min(len(features), len(dt_s), len(events_out)) < n_out or features.shape[1] != N_FEATURES:
+        raise ValueError(f"refold_rings: {len(slots)} rings need outputs of {n_out} by {N_FEATURES}")
+    if len(slots) and not 0 <= slots.min() <= slots.max() < len(rows):
+        raise ValueError("refold_rings: a slot lies outside the rows")
+    scratch, counts = np.zeros(1, rows.dtype), np.empty(len(slots), np.int64)
     _refold_all(rows, slots, params, scratch, features, dt_s, events_out, counts)
     return counts
 
@@ -190,34 +185,8 @@ def warm() -> None:
         refold_rings(rows, slots, params, features, dt_s, events)
 
 
-def _check_array(name: str, array: np.ndarray, dtype: object, at_least: tuple[int, ...]) -> None:
-    fits = array.ndim == len(at_least) and array.shape[0] >= at_least[0] and array.shape[1:] == at_least[1:]
-    if array.dtype != dtype or not fits or not array.flags.c_contiguous or not array.flags.writeable:
-        raise ValueError(f"{name}: needs a writeable C array of {dtype} {at_least}, got {array.dtype} {array.shape}")
-
-
-def _check_out(n: int, features: np.ndarray, dt_s: np.ndarray) -> None:
-    _check_array("features", features, np.float32, (n, N_FEATURES))
-    _check_array("dt_s", dt_s, np.float32, (n,))
-
-
-def _check_rows(rows: np.ndarray, slots: np.ndarray) -> None:
-    """The kernel checks no bounds: a slot out of range would write over other memory."""
-    _check_array("rows", rows, rows.dtype, (0,))
-    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < len(rows):
-        raise ValueError(f"a slot is not in 0 … {len(rows) - 1}")
-
-
-@_jit
-def _fold_all(rows, slots, events, params, features, dt_s, status):
-    decay_T, own_T = np.empty(N_HALFLIVES), np.empty(N_HALFLIVES)
-    for i in range(len(slots)):
-        status[i], dt_s[i] = _fold_one(rows[slots[i]], events[i], params, decay_T, own_T, features[i])
-
-
 @_jit
 def _refold_all(rows, slots, params, scratch, features, dt_s, events_out, counts):
-    decay_T, own_T = np.empty(N_HALFLIVES), np.empty(N_HALFLIVES)
     for i in range(len(slots)):
         row, blank = rows[slots[i]], scratch[0]
         start = i * len(row.ring_ts)
@@ -227,7 +196,7 @@ def _refold_all(rows, slots, params, scratch, features, dt_s, events_out, counts
         for k in range(counts[i]):
             e = events_out[start + k]
             _event_of_ring(row, k, e)
-            _, dt_s[start + k] = _fold_one(blank, e, params, decay_T, own_T, features[start + k])
+            _, dt_s[start + k] = _fold_one(blank, e, params, features[start + k])
 
 
 @_jit
@@ -238,8 +207,8 @@ def _event_of_ring(row, k, e):
 
 
 @_jit
-def _fold_one(r, e, params, decay_T, own_T, out_F):
-    """One event on its user's row → (status, dt in s). decay_T and own_T are scratch, (N_HALFLIVES,) each."""
+def _fold_one(r, e, params, out_F):
+    """One event on its user's row → (status, dt in s)."""
     own_kind_s = np.int64(r.last_s_by_kind[e.kind])
     if e.offset <= r.applied_offset:
         _features(r, e, 0, own_kind_s, out_F)
@@ -258,7 +227,7 @@ def _fold_one(r, e, params, decay_T, own_T, out_F):
         return TOO_LATE, 0.0
     dt_ms = 0 if first else max(0, e.ts - r.last_ts)
     _enter_session(r, e, first, dt_ms, params)
-    _count(r, e, dt_ms, late_ms, decay_T, own_T)
+    _count(r, e, dt_ms, late_ms)
     _update_basket(r, e)
     _place_in_ring(r, e)
     r.last_s_by_kind[e.kind] = max(own_kind_s, min(e.ts // 1000, _MAX_U4))
@@ -316,24 +285,35 @@ def _enter_session(r, e, first, dt_ms, params):
 
 
 @_jit
-def _count(r, e, dt_ms, late_ms, decay_T, own_T):
+def _count(r, e, dt_ms, late_ms):
     """Decays counts and mixes by the time passed and adds the event, itself decayed where it is late."""
-    for j in range(N_HALFLIVES):
-        decay_T[j] = math.exp(-dt_ms / _TAU_MS[j]) if dt_ms > 0 else 1.0
-        own_T[j] = math.exp(-late_ms / _TAU_MS[j]) if late_ms > 0 else 1.0
     if dt_ms > 0:
+        decay_T = _decays(dt_ms)
         for kind in range(N_KINDS):
             for j in range(N_HALFLIVES):
                 count = np.float32(r.counts[kind, j] * decay_T[j])
                 r.counts[kind, j] = count if count >= SMALLEST else np.float32(0.0)
         _fade_mix(r.mix_long_category, r.mix_long_weight, decay_T[_LONG])
         _fade_mix(r.mix_short_category, r.mix_short_weight, decay_T[_SHORT])
+    own_T = _decays(late_ms)
     for j in range(N_HALFLIVES):
         if own_T[j] >= SMALLEST:
             r.counts[e.kind, j] = r.counts[e.kind, j] + own_T[j]
     if e.category != 0:
         _add_to_mix(r.mix_long_category, r.mix_long_weight, e.category, own_T[_LONG])
         _add_to_mix(r.mix_short_category, r.mix_short_weight, e.category, own_T[_SHORT])
+
+
+@_jit
+def _decays(elapsed_ms):
+    if elapsed_ms == 0:
+        return 1.0, 1.0, 1.0, 1.0
+    return (
+        math.exp(-elapsed_ms / _TAU_MS[0]),
+        math.exp(-elapsed_ms / _TAU_MS[1]),
+        math.exp(-elapsed_ms / _TAU_MS[2]),
+        math.exp(-elapsed_ms / _TAU_MS[3]),
+    )
 
 
 @_jit
