@@ -1,0 +1,179 @@
+"""How good a model is on events after the gate's start, by the very path that serves: `models.scorer.Scorer`.
+
+    rows as they were at G ─► Scorer.run in micro-batches over the events after G ─► Scores ─► a cell a platform × head
+
+`h` is rebuilt from each user's ring at G, for every model alike, as serving does right after a new recurrence.
+Judged are FOLDED events after G whose label has matured by now. Every user's labels overlap with his own next ones, so n
+is not a number of independent trials.
+
+Knows nothing of training, files or Kafka.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from models.config import HorizonsConfig
+from models.events import BINARY_HEADS, HEADS
+from models.fold import FOLDED
+from models.scorer import Model, Scorer
+from trainer.history import History
+from trainer.labels import Labels, matured
+from trainer.train import before
+
+BATCH = 4096
+LEAST_CELL = 100
+"""Fewer judged events, or only one outcome, do not gate."""
+_CATEGORY = HEADS.index("category")
+
+
+class Cell(NamedTuple):
+    """One platform × binary head."""
+
+    n: int
+    base_rate: float
+    log_loss: float
+    auc: float
+    """NaN where only one outcome occurs."""
+
+
+class CategoryCell(NamedTuple):
+    """Next category on one platform, from the five that a score names."""
+
+    n: int
+    nll: float
+    """Mean −log p of what came; what the five leave is spread evenly over all other categories of the history."""
+    hit_rate_5: float
+
+
+class Report(NamedTuple):
+    """What one model did."""
+
+    cells: dict[tuple[str, str], Cell]
+    """(platform, head) → cell."""
+    categories: dict[str, CategoryCell]
+    finite: bool
+    """Every output that should be a number is one."""
+
+    def as_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """platform → head → figures, for a manifest."""
+        out: dict[str, dict[str, dict[str, float]]] = {}
+        for (platform, head), cell in self.cells.items():
+            out.setdefault(platform, {})[head] = {k: v for k, v in cell._asdict().items() if v == v}
+        for platform, cell in self.categories.items():
+            out.setdefault(platform, {})["category"] = cell._asdict()
+        return out
+
+
+class Judged(NamedTuple):
+    """The events after G, and what a model said of them."""
+
+    at: np.ndarray
+    """Positions in the history."""
+    status: np.ndarray
+    p_N3: np.ndarray
+    category_N5: np.ndarray
+    """uint32: hashes, 0 none."""
+    category_p_N5: np.ndarray
+
+
+def predict(
+    model: Model, history: History, rows: np.ndarray, gate_ms: int, *, check: Callable[[], None] = lambda: None
+) -> Judged:
+    """Runs a model over each user's events from the first one after `gate_ms`. `rows`: as they were then; not changed."""
+    scorer = Scorer(model, "cpu")
+    rows = rows.copy()
+    at = np.flatnonzero(~before(history, gate_ms))
+    hashes = model.categories.hashes_C if model.categories is not None else np.empty(0, np.uint32)
+    hashes = np.append(hashes, np.uint32(0))  # index −1: none
+    parts = []
+    for start in range(0, len(at), BATCH):
+        check()
+        part = at[start : start + BATCH]
+        scores, status = scorer.run(rows, history.user[part].astype(np.int64), history.events[part])
+        parts.append((status, scores.p_N3, hashes[scores.category_N5], scores.category_p_N5))
+    if not parts:
+        none = np.empty((0, 5), np.uint32)
+        return Judged(at, np.empty(0, np.uint8), np.empty((0, 3), np.float32), none, none.astype(np.float32))
+    return Judged(at, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def evaluate(
+    model: Model,
+    history: History,
+    labels: Labels,
+    horizons: HorizonsConfig,
+    rows: np.ndarray,
+    gate_ms: int,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> Report:
+    """The report of a model on the events after `gate_ms`; see `predict` for `rows`."""
+    judged = predict(model, history, rows, gate_ms, check=check)
+    ts_N = history.events["ts"][judged.at]
+    own = Labels(*(column[judged.at] for column in labels))
+    known_N4 = matured(own, ts_N, horizons) & ((judged.status == FOLDED) & (ts_N > gate_ms))[:, None]
+    can_N4 = _can_have(model, history)[history.platform[judged.at]]
+    cells, categories = {}, {}
+    for index, platform in enumerate(history.platforms):
+        here_N = history.platform[judged.at] == index
+        for head, name in enumerate(BINARY_HEADS):
+            of_cell = here_N & known_N4[:, head] & can_N4[:, head]
+            if of_cell.any():
+                cells[platform, name] = _cell(own.y_N3[of_cell, head], judged.p_N3[of_cell, head])
+        of_cell = here_N & known_N4[:, _CATEGORY] & can_N4[:, _CATEGORY]
+        if of_cell.any() and model.categories is not None:
+            categories[platform] = _category_cell(
+                own.category_N[of_cell],
+                judged.category_N5[of_cell],
+                judged.category_p_N5[of_cell],
+                max(2, len(history.categories)),
+            )
+    scored_N3 = (can_N4[:, :3]) & (judged.status == FOLDED)[:, None]
+    finite = bool(np.isfinite(judged.p_N3[scored_N3]).all() and np.isfinite(judged.category_p_N5).all())
+    return Report(cells, categories, finite)
+
+
+def _can_have(model: Model, history: History) -> np.ndarray:
+    """(platforms of the history, 4) bool: which heads the model answers."""
+    row = {name: i for i, name in enumerate(model.config.platforms, start=1)}
+    return model.config.can_have()[[row.get(name, 0) for name in history.platforms]].reshape(-1, len(HEADS))
+
+
+def _cell(y: np.ndarray, p: np.ndarray) -> Cell:
+    p = np.clip(p.astype(np.float64), 1e-7, 1.0 - 1e-7)
+    loss = -np.where(y == 1, np.log(p), np.log1p(-p)).mean()
+    both = 0 < int(y.sum()) < len(y) and bool(np.isfinite(p).all())
+    return Cell(len(y), float(y.mean()), float(loss), float(roc_auc_score(y, p)) if both else float("nan"))
+
+
+def _category_cell(next_N: np.ndarray, category_N5: np.ndarray, p_N5: np.ndarray, n_categories: int) -> CategoryCell:
+    hit_N5 = category_N5 == next_N[:, None]
+    named_N = (category_N5 != 0).sum(axis=1)
+    left_N = np.clip(1.0 - p_N5.sum(axis=1, dtype=np.float64), 1e-7, 1.0) / np.maximum(n_categories - named_N, 1)
+    p_N = np.where(hit_N5.any(axis=1), (p_N5 * hit_N5).sum(axis=1, dtype=np.float64), left_N)
+    return CategoryCell(len(next_N), float(-np.log(np.maximum(p_N, 1e-12)).mean()), float(hit_N5.any(axis=1).mean()))
+
+
+def gating_cells(*reports: Report) -> list[tuple[str, str]]:
+    """The cells that all reports have and that hold enough events of both outcomes, in order."""
+    common = set.intersection(*(set(report.cells) for report in reports))
+    return sorted(
+        key for key in common if reports[0].cells[key].n >= LEAST_CELL and 0.0 < reports[0].cells[key].base_rate < 1.0
+    )
+
+
+def mean_log_loss(report: Report, cells: Iterable[tuple[str, str]]) -> float:
+    """Mean over cells, each counted once; NaN of none."""
+    losses = [report.cells[key].log_loss for key in cells]
+    return float(np.mean(losses)) if losses else float("nan")
+
+
+def mean_hit_rate(report: Report, platforms: Iterable[str]) -> float:
+    """Mean HR@5 over platforms; NaN of none."""
+    rates = [report.categories[platform].hit_rate_5 for platform in platforms]
+    return float(np.mean(rates)) if rates else float("nan")
