@@ -1,5 +1,6 @@
 """The trainer's history: nothing lost, nothing twice, whatever is cut off; and columns equal to the plain form."""
 
+import asyncio
 import json
 
 import msgspec
@@ -7,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from models.config import KafkaConfig
 from models.errors import HistoryError
 from models.events import CanonicalEvent, to_columns
+from streams.kafka import create_topics
 from trainer import history
 from trainer.history import HistoryStore, import_events, pull
 
@@ -168,3 +171,101 @@ def test_import_of_something_else_says_so(store, tmp_path):
 async def test_a_broker_that_is_not_there_is_said(tmp_path):
     with pytest.raises(HistoryError, match="cannot be reached"):
         await pull(HistoryStore(str(tmp_path)), KafkaConfig(bootstrap="127.0.0.1:1", request_timeout_s=2), "events")
+
+
+# ── from Kafka ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def produce(kafka: KafkaConfig, topic: str, partition: int, values: list[bytes]) -> None:
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, acks="all")
+    await producer.start()
+    try:
+        # Batches of several records: a broker that reports a batch's base offset as the end is found out by them.
+        for start in range(0, len(values), 7):
+            batch = producer.create_batch()
+            for value in values[start : start + 7]:
+                batch.append(key=b"k", value=value, timestamp=None)
+            await (await producer.send_batch(batch, topic, partition=partition))
+    finally:
+        await producer.stop()
+
+
+@pytest.fixture
+async def topic(kafka, topics) -> str:
+    await create_topics(kafka, topics)
+    return topics.events
+
+
+@pytest.mark.broker
+async def test_pull_takes_everything_once_and_counts_what_is_no_event(kafka, topic, tmp_path):
+    store = HistoryStore(str(tmp_path))
+    a, b = make_events(40, 1), make_events(25, 2, 1000)
+    await produce(kafka, topic, 1, [msgspec.json.encode(e) for e in a[:30]])
+    await produce(kafka, topic, 3, [*(msgspec.json.encode(e) for e in b), b"no event", b'{"ts": "\xff"}'])
+    assert await pull(store, kafka, topic) == (55, 2)
+    assert await pull(store, kafka, topic) == (0, 0)
+    assert [store.next_offset(p) for p in range(4)] == [0, 30, 0, 27]
+    await produce(kafka, topic, 1, [msgspec.json.encode(e) for e in a[30:]])
+    assert await pull(HistoryStore(str(tmp_path)), kafka, topic) == (10, 0)
+    read = store.read()
+    np.testing.assert_array_equal(read.events[:40], to_columns(a, np.arange(40)))
+    np.testing.assert_array_equal(read.events[40:], to_columns(b, np.arange(25)))
+
+
+@pytest.mark.broker
+async def test_a_pull_that_is_cut_off_loses_and_repeats_nothing(kafka, topic, tmp_path, monkeypatch):
+    store = HistoryStore(str(tmp_path))
+    events = make_events(200)
+    await produce(kafka, topic, 0, [msgspec.json.encode(e) for e in events])
+    monkeypatch.setattr(history, "ROWS_PER_FILE", 30)
+    append_file, written = store.append, []
+
+    def crash_at_third(*args):
+        if len(written) == 2:
+            raise OSError("power")
+        written.append(args)
+        append_file(*args)
+
+    monkeypatch.setattr(store, "append", crash_at_third)
+    with pytest.raises(OSError, match="power"):
+        await pull(store, kafka, topic)
+    assert store.next_offset(0) == 60
+    store = HistoryStore(str(tmp_path))
+    assert await pull(store, kafka, topic) == (140, 0)
+    np.testing.assert_array_equal(store.read().events, to_columns(events, np.arange(200)))
+
+
+@pytest.mark.broker
+async def test_a_topic_that_was_created_anew_is_refused(kafka, topic, tmp_path):
+    events = make_events(30)
+    await produce(kafka, topic, 0, [msgspec.json.encode(e) for e in events[:20]])
+    longer = HistoryStore(str(tmp_path / "longer"))
+    append(longer, 0, events, 0)
+    with pytest.raises(HistoryError, match="created anew"):
+        await pull(longer, kafka, topic)
+    other = HistoryStore(str(tmp_path / "other"))
+    append(other, 0, make_events(10, start=500), 0)
+    with pytest.raises(HistoryError, match="created anew"):
+        await pull(other, kafka, topic)
+    same = HistoryStore(str(tmp_path / "same"))
+    append(same, 0, events[:10], 0)
+    assert await pull(same, kafka, topic) == (10, 0)
+
+
+@pytest.mark.broker
+async def test_a_topic_that_does_not_exist_is_not_created(kafka, topic, tmp_path):
+    assert await pull(HistoryStore(str(tmp_path)), kafka, f"{topic}-absent") == (0, 0)
+    async with history.open_consumer(kafka, f"{topic}-absent") as (_, partitions):
+        assert partitions == []
+
+
+@pytest.mark.broker
+async def test_a_pull_stops_when_it_is_told_and_goes_on_later(kafka, topic, tmp_path):
+    events = make_events(50)
+    await produce(kafka, topic, 2, [msgspec.json.encode(e) for e in events])
+    store, stop = HistoryStore(str(tmp_path)), asyncio.Event()
+    stop.set()
+    first = await pull(store, kafka, topic, stop=stop)
+    second = await pull(store, kafka, topic)
+    assert first.events + second.events == 50
+    np.testing.assert_array_equal(store.read().events, to_columns(events, np.arange(50)))

@@ -27,6 +27,7 @@ import os
 import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 from aiokafka.helpers import create_ssl_context
 
 from models.config import KafkaConfig
@@ -436,8 +438,16 @@ async def pull(
     A topic that does not exist yet gives nothing. Raises `HistoryError` where Kafka cannot be reached, or where the
     topic was created anew since.
     """
+    async with open_consumer(kafka, topic) as (consumer, partitions):
+        return await _pull(store, kafka, topic, consumer, partitions, stop, on_progress)
+
+
+@asynccontextmanager
+async def open_consumer(kafka: KafkaConfig, topic: str) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
+    """A consumer without a group that is assigned every partition of a topic (none where the topic does not exist), from
+    the earliest offset. Never creates the topic, as asking a broker for an unknown one may: its partitions are for the
+    worker to choose. Raises `HistoryError` where Kafka fails."""
     consumer = AIOKafkaConsumer(
-        topic,
         **client_options(kafka),
         group_id=None,
         auto_offset_reset="earliest",
@@ -445,34 +455,47 @@ async def pull(
         fetch_max_wait_ms=kafka.fetch_max_wait_ms,
         max_partition_fetch_bytes=4 << 20,
     )
+    admin = AIOKafkaAdminClient(**client_options(kafka))
     try:
+        await admin.start()
+        partitions = []
+        if topic in await admin.list_topics():
+            described = (await admin.describe_topics([topic]))[0]["partitions"]
+            partitions = sorted(TopicPartition(topic, entry["partition"]) for entry in described)
         await consumer.start()
-    except UnknownTopicOrPartitionError:
-        await consumer.stop()
-        return Pulled(0, 0)
+        if partitions:
+            consumer.assign(partitions)
+        yield consumer, partitions
     except KafkaError as error:
-        await consumer.stop()
-        raise HistoryError(f"Kafka at {kafka.bootstrap} cannot be reached: {error}") from error
-    pulls: dict[TopicPartition, _PartitionPull] = {}
-    seen = 0
-    try:
-        for partition in sorted(consumer.assignment()):
-            pulls[partition] = _PartitionPull(store, topic, partition.partition)
-            consumer.seek(partition, pulls[partition].start)
-        async for partition, records in read_to_end(consumer, pulls, timeout_s=kafka.request_timeout_s):
-            pulls[partition].add(records)
-            seen += len(records)
-            on_progress(seen)
-            if stop is not None and stop.is_set():
-                break
-        for partition, part in pulls.items():
-            highwater = consumer.highwater(partition)
-            if highwater is not None and highwater < part.next:
-                part.recreated()
-    except KafkaError as error:
-        raise HistoryError(f"Kafka at {kafka.bootstrap} failed while {topic!r} was read: {error}") from error
+        raise HistoryError(f"Kafka at {kafka.bootstrap} cannot be reached or failed: {error}") from error
     finally:
+        await admin.close()
         await consumer.stop()
+
+
+async def _pull(
+    store: HistoryStore,
+    kafka: KafkaConfig,
+    topic: str,
+    consumer: AIOKafkaConsumer,
+    partitions: list[TopicPartition],
+    stop: asyncio.Event | None,
+    on_progress: Callable[[int], None],
+) -> Pulled:
+    pulls = {partition: _PartitionPull(store, topic, partition.partition) for partition in partitions}
+    for partition, part in pulls.items():
+        consumer.seek(partition, part.start)
+    seen = 0
+    async for partition, records in read_to_end(consumer, partitions, timeout_s=kafka.request_timeout_s):
+        pulls[partition].add(records)
+        seen += len(records)
+        on_progress(seen)
+        if stop is not None and stop.is_set():
+            break
+    for partition, part in pulls.items():
+        highwater = consumer.highwater(partition)
+        if highwater is not None and highwater < part.next:
+            part.recreated()
     for part in pulls.values():
         part.flush()
         if stop is None or not stop.is_set():
