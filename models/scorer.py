@@ -1,0 +1,249 @@
+"""The scorer: one model, and the whole path from a micro-batch of events to its scores.
+
+    run(rows, slots, events):
+      1. prepare   rows whose `h` belongs to another recurrence: `h` rebuilt from their ring   (before the fold!)
+      2. fold      models/fold.py, event by event; a View of each row right after its event
+      3. encode    one matrix product: what decides h           (device)
+      4. advance   h ← a ⊙ h + b in the rows, event by event    (where the rows lie)
+      5. heads     one matrix product: logits and gates         (device)
+      6. finish    calibration, masks, categories, shift
+
+Streams may call `prepare`, `fold_with_views` and `score` itself where it must do something in between.
+
+Shapes: N events, F features, H hidden units, P platforms (index 0: unknown to the model). Knows no Kafka, file or clock.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+
+from models.categories import CategoryTable, take_view, view_dtype
+from models.config import FoldConfig
+from models.events import EVENT, platform_code
+from models.fold import DUPLICATE, FOLDED, N_FEATURES, fold, fold_params, refold_rings
+from models.state import SIZES, row_dtype
+from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_scan
+
+__all__ = ["CategoryTable", "Model", "Scorer", "Scores", "fold_with_views", "identity_calibration", "platform_lookup"]
+
+TOP_CATEGORIES = 5
+_REBUILD_USERS = 512
+"""Most users whose `h` is rebuilt at once: bounds the memory."""
+
+
+@njit(nogil=True)
+def fold_with_views(rows, slots, events, params, features, dt_s, status, views):
+    """`models.fold.fold`, and views[i] (of `view_dtype`) of the row right after event i."""
+    # Not cached: Numba's cache of a caller does not see that `fold`, which lives in another file, has changed.
+    for i in range(len(events)):
+        one = slice(i, i + 1)
+        fold(rows, slots[one], events[one], params, features[one], dt_s[one], status[one])
+        take_view(rows, slots[i], views, i)
+
+
+@njit(cache=True, nogil=True)
+def _advance(rows, slots, folded_N, version, a_NH, b_NH, h_NH):
+    """Step 4. → number of rows whose `h` belongs to another recurrence (they are left as they are)."""
+    stale = 0
+    for i in range(len(h_NH)):
+        row = rows[slots[i]]
+        if row["h_version"] != version:
+            stale += 1
+            continue
+        h = row["h"]
+        if folded_N[i]:
+            for j in range(len(h)):
+                h[j] = a_NH[i, j] * h[j] + b_NH[i, j]
+        h_NH[i, :] = h
+    return stale
+
+
+def identity_calibration(n_platforms: int) -> np.ndarray:
+    """(P + 1, 3, 2) float32: slope 1 and offset 0 on every logit."""
+    return np.tile(np.float32([1.0, 0.0]), (n_platforms + 1, N_LOGITS, 1))
+
+
+def platform_lookup(config: StudentConfig) -> np.ndarray:
+    """(65536,) int64: `events.platform_code` → the model's platform index, 0 for a platform that it does not know."""
+    lookup = np.zeros(1 << 16, np.int64)
+    for index, platform in enumerate(config.platforms, start=1):
+        code = platform_code(platform)
+        if lookup[code]:
+            raise ValueError(f"platforms {platform!r} and {config.platforms[lookup[code] - 1]!r} have the same code")
+        lookup[code] = index
+    return lookup
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """All that makes scores. Without a student every logit is 0, so that the calibration's offsets are the base rates'
+    logits: this is how the prior is made."""
+
+    version: str
+    """`<name>/<version>`, or `prior`."""
+    config: StudentConfig
+    student: Student | None
+    categories: CategoryTable | None
+    calibration_P32: np.ndarray
+    """float32 (P + 1, 3, 2): slope and offset on each logit, by platform and head."""
+    fold: FoldConfig
+    """The rules of the fold that it was trained under."""
+    degraded: bool = False
+
+    @cached_property
+    def recurrence_id(self) -> int:
+        """What `h_version` of a row says where its `h` is this model's; 0: it has none."""
+        return self.student.recurrence_id() if self.student is not None else 0
+
+    def check(self) -> None:
+        """Raises `ValueError` where the parts do not fit each other."""
+        self.config.check()
+        platforms = len(self.config.platforms)
+        platform_lookup(self.config)
+        if self.config.n_features != N_FEATURES:
+            raise ValueError(f"the model reads {self.config.n_features} features; the fold makes {N_FEATURES}")
+        if self.calibration_P32.shape != (platforms + 1, N_LOGITS, 2) or self.calibration_P32.dtype != np.float32:
+            raise ValueError(f"calibration has shape {self.calibration_P32.shape}")
+        if self.categories is not None:
+            if self.student is None:
+                raise ValueError("categories need a student, whose gates mix them")
+            self.categories.check(platforms)
+
+
+class Scores(NamedTuple):
+    """What a batch of N events gets."""
+
+    p_N3: np.ndarray
+    """float32, in the order of BINARY_HEADS; NaN where the platform cannot have the head, and for duplicates."""
+    category_N5: np.ndarray
+    """int32 index into `model.categories.names`, most likely first; −1 none."""
+    category_p_N5: np.ndarray
+    """float32; 0 none."""
+    shift_N: np.ndarray
+    """float32 in [0, 1]; NaN none."""
+
+
+class Scorer:
+    """Serves one model on one device (`auto`, `cpu`, `cuda[:n]`). Not for several threads at once."""
+
+    def __init__(self, model: Model, device: str = "auto") -> None:
+        model.check()
+        self.model = model
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self._student = None
+        if model.student is not None:
+            self._student = copy.deepcopy(model.student).eval().requires_grad_(False).to(self.device)
+        self._params = fold_params(model.fold)
+        self._platform_of_code = platform_lookup(model.config)
+        self._can_have_P4 = model.config.can_have()
+        self._recurrence_id = model.recurrence_id
+
+    def run(self, rows: np.ndarray, slots: np.ndarray, events: np.ndarray) -> tuple[Scores, np.ndarray]:
+        """The whole path: folds the events (N,) of EVENT, in offset order within a user, into rows[slots] and scores
+        each. → (Scores, status (N,) uint8 of models/fold.py). Changes the rows, `h` included."""
+        n = len(events)
+        features_NF, dt_s_N = np.empty((n, N_FEATURES), np.float32), np.empty(n, np.float32)
+        status_N, views = np.empty(n, np.uint8), None
+        self.prepare(rows, slots)
+        if self.model.categories is None:
+            fold(rows, slots, events, self._params, features_NF, dt_s_N, status_N)
+        else:
+            views = np.empty(n, view_dtype(self.model.config.size))
+            fold_with_views(rows, slots, events, self._params, features_NF, dt_s_N, status_N, views)
+        return self.score(rows, slots, events, features_NF, dt_s_N, status_N, views), status_N
+
+    def prepare(self, rows: np.ndarray, slots: np.ndarray) -> int:
+        """Before the fold: rebuilds `h` of those rows[slots] whose `h` belongs to another recurrence, from their ring,
+        which must not hold this batch's events yet. → how many it rebuilt."""
+        if self._student is None:
+            return 0
+        if rows.dtype != row_dtype(self.model.config.size):
+            raise ValueError(f"rows are not of size {self.model.config.size!r}, which the model needs")
+        stale = np.unique(slots[rows["h_version"][slots] != self._recurrence_id])
+        for start in range(0, len(stale), _REBUILD_USERS):
+            self._rebuild(rows, stale[start : start + _REBUILD_USERS])
+        return len(stale)
+
+    @torch.inference_mode()
+    def _rebuild(self, rows: np.ndarray, slots: np.ndarray) -> None:
+        hidden, ring = SIZES[self.model.config.size]
+        n = len(slots) * ring
+        features_NF, dt_s_N = np.zeros((n, N_FEATURES), np.float32), np.zeros(n, np.float32)
+        events_N = np.zeros(n, EVENT)
+        counts = refold_rings(rows, slots, self._params, features_NF, dt_s_N, events_N)
+        filled_N = (np.arange(ring) < counts[:, None]).ravel()
+        h_UH = np.zeros((len(slots), hidden), np.float32)
+        if filled_N.any():
+            events_N = events_N[filled_N]
+            columns = self._columns(events_N, features_NF[filled_N], dt_s_N[filled_N])
+            encoded = self._student.encode(columns)
+            starts_N = torch.from_numpy((np.arange(n) % ring == 0)[filled_N]).to(self.device)
+            h_NH = linear_scan(encoded.a_NH, encoded.b_NH, starts_N).cpu().numpy()
+            some = counts > 0
+            h_UH[some] = h_NH[np.cumsum(counts)[some] - 1]
+        rows["h"][slots] = h_UH
+        rows["h_version"][slots] = self._recurrence_id
+
+    @torch.inference_mode()
+    def score(
+        self,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        events: np.ndarray,
+        features: np.ndarray,
+        dt_s: np.ndarray,
+        status: np.ndarray,
+        views: np.ndarray | None,
+    ) -> Scores:
+        """After `prepare` and the fold: advances `h` of FOLDED events in the rows, exactly and in order, and scores.
+
+        REPLAYED and TOO_LATE events are scored from `h` as it then is; DUPLICATE ones get no score. `features`, `dt_s`,
+        `status` and `views` are as the fold left them and may be longer than `events`; `views` may be None for a model
+        without categories. Raises `ValueError` where `prepare` was left out.
+        """
+        n = len(events)
+        status_N = status[:n]
+        platform_N = self._platform_of_code[events["platform"]]
+        if self._student is None:
+            # `h` is not advanced, so that it is no longer anybody's.
+            rows["h_version"][slots[status_N == FOLDED]] = 0
+            logits_N3, gates_NG = np.zeros((n, N_LOGITS), np.float32), None
+        else:
+            logits_N3, gates_NG = self._infer(rows, slots, events, features[:n], dt_s[:n], status_N)
+        can_N4 = self._can_have_P4[platform_N] & (status_N != DUPLICATE)[:, None]
+        p_N3 = self._probabilities(logits_N3, platform_N)
+        p_N3[~can_N4[:, :N_LOGITS]] = np.nan
+        if self.model.categories is None:
+            none = np.full((n, TOP_CATEGORIES), -1, np.int32)
+            return Scores(p_N3, none, np.zeros(none.shape, np.float32), np.full(n, np.nan, np.float32))
+        wanted_N = np.ascontiguousarray(can_N4[:, N_LOGITS])
+        mixed = self.model.categories.predict(views, platform_N, gates_NG, wanted_N, TOP_CATEGORIES)
+        return Scores(p_N3, *mixed)
+
+    def _infer(self, rows, slots, events, features_NF, dt_s_N, status_N) -> tuple[np.ndarray, np.ndarray]:
+        """Steps 3 to 5. → logits (N, 3), gate logits (N, 7)."""
+        columns = self._columns(events, features_NF, dt_s_N)
+        x_NF, e_NE, a_NH, b_NH = self._student.encode(columns)
+        h_NH = np.zeros(a_NH.shape, np.float32)
+        a_NH, b_NH = a_NH.cpu().numpy(), b_NH.cpu().numpy()
+        stale = _advance(rows, slots, status_N == FOLDED, self._recurrence_id, a_NH, b_NH, h_NH)
+        if stale:
+            raise ValueError(f"h of {stale} rows belongs to another recurrence; call prepare() before the fold")
+        h_NH = torch.from_numpy(h_NH).to(self.device)
+        logits_N3, gates_NG = self._student.heads(h_NH, x_NF, e_NE, columns.platform_N)
+        return logits_N3.cpu().numpy(), gates_NG.cpu().numpy()
+
+    def _columns(self, events: np.ndarray, features_NF: np.ndarray, dt_s_N: np.ndarray) -> Columns:
+        return Columns.of(events, features_NF, dt_s_N, self._platform_of_code[events["platform"]], self.device)
+
+    def _probabilities(self, logits_N3: np.ndarray, platform_N: np.ndarray) -> np.ndarray:
+        calibration_N32 = self.model.calibration_P32[platform_N]
+        logits_N3 = logits_N3 * calibration_N32[:, :, 0] + calibration_N32[:, :, 1]
+        return 1.0 / (1.0 + np.exp(-np.clip(logits_N3, -30.0, 30.0)))
