@@ -57,6 +57,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -129,6 +130,8 @@ class Platform:
         self.replay = file.replay(self.topics)
         self.user_of: Get = _text_reader(file.source("user"), "user", MAX_ID)
         """The raw id of an event's user, None where absent. Raises `EventRefused`."""
+        self.user_columns = frozenset(file.roots["user"])
+        """The top-level keys that `user_of` looks at."""
         self._content_hash, self._from_source = file.event_id_rule()
         self._kind = file.kind()
         self._read_time = self.time.format.read
@@ -518,6 +521,7 @@ class _File:
         self.known_keys(self.root, (), known)
         self.typed(self.root.get("description", ""), str, ("description",), "a text")
         self.kinds: set[str] = set()
+        self.roots: dict[str, set[str]] = defaultdict(set)  # field → top-level keys of its paths
         self.fields = self.table((), "fields")
         self.known_keys(self.fields, ("fields",), FIELDS)
         if "user" not in self.fields:
@@ -637,16 +641,13 @@ class _File:
         for key, kind in names.items():
             self.our_kind(kind, ("kind", "names", key))
         get = self.compile_source({k: v for k, v in table.items() if k != "names"}, where, "kind")
-        return _kind_by_name(get, names, self.raw_user())
+        return _kind_by_name(get, names, self.source("user"))
 
     def our_kind(self, kind: Any, where: KeyPath) -> str:
         if kind not in KINDS:
             self.fail(where, f"{kind!r} is not one of {', '.join(KINDS)}")
         self.kinds.add(kind)
         return kind
-
-    def raw_user(self) -> Get:
-        return self.source("user")
 
     def kind_by_rules(self) -> Callable[[dict], str]:
         rules, gets = [], []
@@ -736,7 +737,11 @@ class _File:
     def source(self, field: str) -> Get | None:
         if field not in self.fields:
             return None
-        return self.compile_source(self.fields[field], ("fields", field), field)
+        spec = self.fields[field]
+        if field == "user" and isinstance(spec, dict):  # pseudonyms are of the platform's own id, as it is
+            for key in {"map", "otherwise", "words", "prefix"} & spec.keys():
+                self.fail(("fields", field, key), "the user's id stays as the platform has it")
+        return self.compile_source(spec, ("fields", field), field)
 
     def compile_source(self, spec: Any, where: KeyPath, field: str, depth: int = 0) -> Get:
         """A SOURCE → its closure. `field` decides which modifiers it may have."""
@@ -764,6 +769,7 @@ class _File:
             keys = self.text(value, at).split(".")
             if "" in keys:
                 self.fail(at, "a dotted path has an empty part; use `keys` for names with dots")
+            self.roots[field].add(keys[0])
             return _path_getter(tuple(keys))
         if one == "keys":
             if not self.typed(value, list, at, "a list of names and positions"):
@@ -774,6 +780,7 @@ class _File:
                     self.fail((*at, i), "positions count from 0")
             if not isinstance(value[0], str):
                 self.fail((*at, 0), "an event is an object: the first key must be a name")
+            self.roots[field].add(value[0])
             return _path_getter(tuple(value))
         if one == "literal":
             self.typed(value, (str, int, float), at, "a text or a number")
