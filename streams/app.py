@@ -87,6 +87,7 @@ class Worker:
         self.identities = Identities()
         self.hold_back = HoldBack(self.platforms, settings.fold.lateness_s)
         self._held: set[TP] = set()
+        self._assigned = False
         self._tasks: list[asyncio.Task] = []
         self._readers: list[CompactedReader] = []
         self.feed: ModelFeed | None = None
@@ -126,7 +127,8 @@ class Worker:
         self._build_app()
         self.watchdog.start()
         self._follow()
-        await self.app.start()
+        settings.worker.data_dir.mkdir(parents=True, exist_ok=True)
+        self._spawn("app", self.app.start())
         self._spawn("watch", self._watch())
         await stop.wait()
         log.info("worker.draining")
@@ -282,9 +284,12 @@ class Worker:
     async def _on_assigned(self, sender: Any, assigned: set[TP], **kwargs: Any) -> None:
         self.metrics.rebalances.inc()
         self.committer.consumer = self.app.consumer
+        self._assigned = True
         self.health.set("assigned", True)
 
     async def _on_revoked(self, sender: Any, revoked: set[TP], **kwargs: Any) -> None:
+        self._assigned = False
+        self._held.clear()
         self.health.set("assigned", False)
         self.metrics.forget_lag()
 
@@ -302,7 +307,7 @@ class Worker:
             self.metrics.recovery_in_progress.set(recovering)
             self._watch_state()
             consumer = self.app.consumer
-            ready = not recovering and not self.app.rebalancing and consumer.flow_active
+            ready = self._assigned and not recovering and not self.app.rebalancing and consumer.flow_active
             self.health.set("recovered", ready)
             if "score" not in self.stages:
                 self.health.set("model", True)

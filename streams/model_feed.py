@@ -13,16 +13,19 @@ import time
 from typing import Any
 
 import msgspec
+import numpy as np
 import structlog
 from models.artifact import load, load_prior
 
 from models.config import Settings
 from models.errors import ArtifactError
-from models.events import Announcement, ModelVersion
+from models.events import EVENT, Announcement, ModelVersion
 from models.scorer import Model, Scorer
+from models.state import empty_rows
 from streams.metrics import Metrics
 
 log = structlog.get_logger("crosscurrent.models")
+_WARM_EVENTS = 64
 _decode = msgspec.json.Decoder(Announcement).decode
 
 
@@ -93,8 +96,12 @@ class ModelFeed:
         return self._scorer(model)
 
     def _scorer(self, model: Model) -> Scorer:
+        """On its device and warm: every kernel compiled and every first allocation made."""
         scorer = Scorer(model, self._settings.worker.device)
-        scorer.warm()
+        rows = empty_rows(_WARM_EVENTS, self._settings.worker.size)
+        events = np.zeros(_WARM_EVENTS, EVENT)
+        events["id"] = np.arange(_WARM_EVENTS)
+        scorer.run(rows, np.arange(_WARM_EVENTS), events)
         return scorer
 
     def _refuse(self, reason: str, detail: str) -> None:
