@@ -290,7 +290,7 @@ def _start_at_base_rates(student: Student, examples: Examples) -> None:
     for head in range(len(BINARY_HEADS)):
         for row in range(len(student.config.platforms) + 1):
             of_row = examples.mask_M4[:, head] & ((examples.platform_M == row) if row else True)
-            y = examples.y_M3[of_row, head]
+            y = examples.y_M3[of_row & ~examples.held_out_M, head]
             logit = float(_logit((y.sum() + 1.0) / (len(y) + 2.0)))
             shared = float(student.head_bias_PO[0, head]) if row else 0.0
             student.head_bias_PO[row, head] = (logit - shared) if len(y) >= LEAST_ANCHORS or not row else 0.0

@@ -1,0 +1,325 @@
+"""Training: the serving fold replayed, no look ahead, and a student that learns, keeps its recurrence and is calibrated."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from synthetic_history import HOUR_MS, START_MS, make_canonical, store_events
+
+from models.config import FoldConfig, HorizonsConfig, TrainerConfig
+from models.events import HEADS
+from models.fold import FOLDED, N_FEATURES, fold, fold_params
+from models.scorer import Model, Scorer, identity_calibration
+from models.state import empty_rows
+from models.student import StudentConfig
+from trainer import evaluate as judge
+from trainer.evaluate import evaluate, gating_cells, mean_log_loss, predict
+from trainer.history import HistoryStore
+from trainer.labels import horizons_ms, make_labels, matured
+from trainer.train import (
+    _affine,
+    _category_targets,
+    before,
+    gate_start,
+    heads_of,
+    make_examples,
+    replay,
+    train,
+)
+
+FOLD, HORIZONS = FoldConfig(), HorizonsConfig()
+OPTIONS = TrainerConfig(epochs=2)
+PRIOR = np.array([0.5, -2.0, 0.3])
+DAY_MS = 24 * HOUR_MS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before_test = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before_test)
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
+    store = HistoryStore(str(tmp_path_factory.mktemp("history")))
+    store_events(store, make_canonical(300))
+    return store.read()
+
+
+@pytest.fixture(scope="module")
+def labels(history):
+    return make_labels(history, FOLD, HORIZONS)
+
+
+@pytest.fixture(scope="module")
+def gate_ms(history, labels):
+    return gate_start(history, labels, HORIZONS, 0.2)
+
+
+@pytest.fixture(scope="module")
+def replayed(history, gate_ms):
+    return replay(history, FOLD, "cpu", until_ms=gate_ms)
+
+
+@pytest.fixture(scope="module")
+def config(history, gate_ms):
+    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate_ms))
+
+
+@pytest.fixture(scope="module")
+def examples(history, labels, replayed, config, gate_ms):
+    return make_examples(history, labels, replayed, config, HORIZONS, gate_ms)
+
+
+@pytest.fixture(scope="module")
+def major(examples, config, history):
+    return train(examples, config, history.categories, FOLD, OPTIONS, prior_logits_3=PRIOR)
+
+
+def test_a_replay_in_other_batches_gives_the_same_bytes(history):
+    one = replay(history, FOLD, "cpu")
+    for batch in (1, 7, 1000):
+        other = replay(history, FOLD, "cpu", batch=batch)
+        assert one.rows.tobytes() == other.rows.tobytes()
+        assert one.features_MF.tobytes() == other.features_MF.tobytes()
+        assert one.dt_s_M.tobytes() == other.dt_s_M.tobytes()
+        assert one.status_M.tobytes() == other.status_M.tobytes()
+        assert clean(one.views_M).tobytes() == clean(other.views_M).tobytes()
+
+
+def clean(views: np.ndarray) -> np.ndarray:
+    """What lies after the n-th category of a view means nothing."""
+    views = views.copy()
+    views["ring_category"][np.arange(views["ring_category"].shape[1]) >= views["n"][:, None]] = 0
+    return views
+
+
+def test_a_replay_is_what_the_fold_of_serving_makes(history):
+    n = len(history)
+    rows = empty_rows(len(history.users))
+    features, dt_s, status = np.empty((n, N_FEATURES), np.float32), np.empty(n, np.float32), np.empty(n, np.uint8)
+    rng, start = np.random.default_rng(0), 0
+    while start < n:  # micro-batches of random sizes, as Kafka hands them out
+        part = slice(start, min(n, start + int(rng.integers(1, 500))))
+        slots = history.user[part].astype(np.int64)
+        fold(rows, slots, history.events[part], fold_params(FOLD), features[part], dt_s[part], status[part])
+        start = part.stop
+    replayed = replay(history, FOLD, "cpu")
+    assert replayed.rows.tobytes() == rows.tobytes()
+    assert replayed.features_MF.tobytes() == features.tobytes()
+    assert (replayed.rows["applied_offset"] >= 0).all()
+
+
+def test_a_replay_with_a_bound_keeps_the_latest_events_and_the_same_rows(history):
+    full, some = replay(history, FOLD, "cpu"), replay(history, FOLD, "cpu", max_events=1000, batch=300)
+    assert some.rows.tobytes() == full.rows.tobytes()
+    assert 1000 <= len(some.index_M) <= 1010  # ties of the oldest instant
+    assert history.events["ts"][some.index_M].min() > np.delete(history.events["ts"], some.index_M).max()
+    assert some.features_MF.tobytes() == full.features_MF[some.index_M].tobytes()
+
+
+def test_nothing_after_the_gate_is_known_in_training(history, labels, replayed, config, gate_ms, examples):
+    later = history.events["ts"] > gate_ms
+    rng = np.random.default_rng(0)
+    changed = dataclasses.replace(history, events=history.events.copy())
+    for column, top in (("kind", 7), ("category", 1000), ("item", 1000)):
+        changed.events[column][later] = rng.integers(0, top, later.sum())
+    again = make_examples(
+        changed,
+        make_labels(changed, FOLD, HORIZONS),
+        replay(changed, FOLD, "cpu", until_ms=gate_ms),
+        config,
+        HORIZONS,
+        gate_ms,
+    )
+    np.testing.assert_array_equal(again.mask_M4, examples.mask_M4)
+    np.testing.assert_array_equal(again.y_M3 * again.mask_M4[:, :3], examples.y_M3 * examples.mask_M4[:, :3])
+    np.testing.assert_array_equal(again.next_M, examples.next_M)
+    for own, other in zip(again.columns, examples.columns, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_between_what_trains_and_what_judges_lies_the_horizon(history, labels, gate_ms, examples):
+    assert later_anchors(history, labels, gate_ms).sum(axis=0).min() > 100
+    for head, horizon in enumerate(horizons_ms(HORIZONS)):
+        judged = history.events["ts"][later_anchors(history, labels, gate_ms)[:, head]]
+        assert examples.mask_M4[:, head].sum() > 500
+        assert judged.min() - examples.ts_M[examples.mask_M4[:, head]].max() > horizon
+
+
+def later_anchors(history, labels, gate_ms) -> np.ndarray:
+    return matured(labels, history.events["ts"], HORIZONS) & (history.events["ts"] > gate_ms)[:, None]
+
+
+def test_examples_are_the_folded_events_in_order(history, replayed, examples):
+    assert len(examples) == (replayed.status_M == FOLDED).sum()
+    assert (np.diff(examples.user_M) >= 0).all()
+    begins = np.r_[True, np.diff(examples.user_M) > 0]
+    assert (examples.starts_M[begins]).all() and not examples.starts_M[~begins].any()
+    assert not examples.mask_M4[examples.platform_M == 1 + history.platforms.index("till"), HEADS.index("click")].any()
+
+
+def test_the_gate_starts_where_the_longest_horizon_leaves_room(history, labels):
+    first, end = history.events["ts"].min(), labels.watermark_N.max()
+    start = gate_start(history, labels, HORIZONS, 0.2)
+    assert start == first + round(0.8 * (end - 7 * DAY_MS - first))
+    short = HorizonsConfig(return_s=25 * 86400.0)
+    assert gate_start(history, labels, short, 0.2) == first + round(0.8 * (end - DAY_MS - first))
+    endless = HorizonsConfig(click_s=4e6, purchase_s=4e6, return_s=4e6)
+    assert gate_start(history, labels, endless, 0.2) is None
+
+
+def test_heads_come_from_the_platform_files_and_else_from_the_events(history, gate_ms):
+    derived = heads_of(history, None, gate_ms)
+    assert derived == {"shop": HEADS, "till": ("purchase", "return")}
+    assert heads_of(history, {"shop": ("return",), "elsewhere": HEADS}, gate_ms) == {
+        "shop": ("return",),
+        "till": ("purchase", "return"),
+    }
+    assert heads_of(history, None, START_MS - 1)["shop"] == ("purchase", "return")
+
+
+def test_the_student_beats_the_base_rates_on_later_events(history, labels, replayed, gate_ms, examples, major):
+    report = evaluate(major.model, history, labels, HORIZONS, replayed.rows, gate_ms)
+    base = evaluate(base_rates(examples, major.model.config), history, labels, HORIZONS, replayed.rows, gate_ms)
+    assert major.kind == "major" and report.finite and base.finite
+    cells = gating_cells(report, base)
+    assert [key for key in cells if key[0] == "shop"] == [("shop", "click"), ("shop", "purchase"), ("shop", "return")]
+    assert ("till", "click") not in report.cells and ("till", "return") in report.cells
+    assert mean_log_loss(report, cells) < mean_log_loss(base, cells) - 0.01
+    assert report.cells["shop", "purchase"].auc > 0.56 and report.cells["shop", "return"].auc > 0.6
+    assert report.categories["shop"].hit_rate_5 > 0.5 and "till" not in report.categories
+    assert report.as_dict()["shop"]["category"]["n"] == report.categories["shop"].n
+
+
+def base_rates(examples, config) -> Model:
+    """The best constants by platform and head."""
+    calibration = identity_calibration(len(config.platforms))
+    for row in range(1, len(calibration)):
+        for head in range(3):
+            y = examples.y_M3[examples.mask_M4[:, head] & (examples.platform_M == row), head]
+            p = (y.sum() + 1) / (len(y) + 2)
+            calibration[row, head] = 0.0, np.log(p / (1 - p))
+    return Model("base", config, None, None, calibration, FOLD)
+
+
+def test_the_same_seed_gives_the_same_model_and_held_out_users_do_not_train_it(examples, config, history, major):
+    options = OPTIONS.model_copy(update={"epochs": 1})
+    one = train(examples, config, history.categories, FOLD, options, prior_logits_3=PRIOR)
+    two = train(examples, config, history.categories, FOLD, options, prior_logits_3=PRIOR)
+    assert tensors(one.model) == tensors(two.model)
+    np.testing.assert_array_equal(one.model.calibration_P32, two.model.calibration_P32)
+    flipped = dataclasses.replace(examples, y_M3=examples.y_M3.copy())
+    flipped.y_M3[examples.held_out_M, 0] = 1 - flipped.y_M3[examples.held_out_M, 0]
+    assert 0.03 < examples.held_out_M.mean() < 0.2
+    other = train(flipped, config, history.categories, FOLD, options, prior_logits_3=PRIOR)
+    assert tensors(other.model) == tensors(one.model)
+    assert not np.array_equal(one.model.calibration_P32[:, 0], other.model.calibration_P32[:, 0])
+    np.testing.assert_array_equal(one.model.calibration_P32[:, 1:], other.model.calibration_P32[:, 1:])
+
+
+def tensors(model: Model) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.student.state_dict().items()}
+
+
+def test_a_minor_model_keeps_the_recurrence_bit_for_bit(examples, config, history, major):
+    minor = train(examples, config, history.categories, FOLD, OPTIONS, prior_logits_3=PRIOR, incumbent=major.model)
+    old, new = tensors(major.model), tensors(minor.model)
+    student = minor.model.student
+    assert minor.kind == "minor" and minor.model.recurrence_id == major.model.recurrence_id
+    assert all(old[name] == new[name] for name in student.RECURRENCE)
+    assert all(old[name] != new[name] for name, _ in student.named_parameters() if name not in student.RECURRENCE)
+    assert tensors(major.model) == old  # the incumbent itself is left alone
+
+
+def test_a_head_without_matured_labels_says_what_the_prior_says(examples, config, history):
+    young = dataclasses.replace(examples, mask_M4=examples.mask_M4.copy())
+    young.mask_M4[:, 2] = False
+    options = OPTIONS.model_copy(update={"epochs": 1})
+    model = train(young, config, history.categories, FOLD, options, prior_logits_3=PRIOR).model
+    np.testing.assert_allclose(model.calibration_P32[:, 2], np.tile([0.0, PRIOR[2]], (3, 1)), rtol=1e-6)
+    assert (model.calibration_P32[:, 0, 0] > 0).all()
+
+
+def test_calibration_finds_the_affine_map_and_stays_put_without_data():
+    rng = np.random.default_rng(0)
+    logit = rng.normal(0, 2, 40_000)
+    y = (rng.random(len(logit)) < 1 / (1 + np.exp(-(0.6 * logit - 1.0)))).astype(np.float32)
+    slope, offset = _affine(logit, y, (1.0, 0.0))
+    assert abs(slope - 0.6) < 0.05 and abs(offset + 1.0) < 0.05
+    assert _affine(logit[:0], y[:0], (0.8, 0.3)) == (0.8, 0.3)
+    slope, offset = _affine(np.full(5, 3.0), np.zeros(5), (1.0, 0.0))  # five events move it, but not far
+    assert 0.5 < slope < 1.0 and -1.5 < offset < 0.0
+    assert _affine(-logit, y, (1.0, 0.0))[0] == 0.0  # an inverted ranking is not turned round
+
+
+def test_nobodys_own_future_is_in_the_table_that_his_gates_learn_from(examples, config, history):
+    table, q_MG = _category_targets(examples, history.categories, len(config.platforms))
+    markov = 4
+    lone = dataclasses.replace(examples, next_M=np.where(examples.user_M == examples.user_M[0], examples.next_M, 0))
+    _, alone_MG = _category_targets(lone, history.categories, len(config.platforms))
+    assert q_MG[:, markov].max() > 0.02 and q_MG.sum(axis=1)[examples.next_M == 0].max() == 0
+    assert len(table.names) == 30
+    # Only one user has pairs: the table of the other half is empty, and everything is *other*.
+    own = lone.next_M != 0
+    assert own.any()
+    np.testing.assert_allclose(alone_MG[own], 1.0, rtol=1e-5)
+
+
+def test_judging_does_not_depend_on_the_batches_and_leaves_the_rows(history, replayed, gate_ms, major, monkeypatch):
+    rows = replayed.rows.tobytes()
+    one = predict(major.model, history, replayed.rows, gate_ms)
+    monkeypatch.setattr(judge, "BATCH", 97)
+    two = predict(major.model, history, replayed.rows, gate_ms)
+    np.testing.assert_allclose(one.p_N3, two.p_N3, atol=1e-5)
+    np.testing.assert_allclose(one.category_p_N5, two.category_p_N5, atol=1e-5)
+    np.testing.assert_array_equal(one.status, two.status)
+    assert replayed.rows.tobytes() == rows
+
+
+def test_judging_is_serving(history, replayed, gate_ms, major):
+    """One user's events after the gate through a Scorer of our own, one by one."""
+    judged = predict(major.model, history, replayed.rows, gate_ms)
+    user = np.bincount(history.user[judged.at]).argmax()
+    own = judged.at[history.user[judged.at] == user][:20]
+    scorer, rows = Scorer(major.model, "cpu"), replayed.rows.copy()
+    for i in own:
+        scores, _ = scorer.run(rows, history.user[i : i + 1].astype(np.int64), history.events[i : i + 1])
+        np.testing.assert_allclose(scores.p_N3[0], judged.p_N3[judged.at == i][0], atol=1e-5)
+
+
+def test_before_cuts_every_user_at_his_first_later_event(history, gate_ms):
+    own = before(history, gate_ms)
+    assert history.events["ts"][own].max() <= gate_ms
+    for user in range(0, len(history.users), 37):
+        kept = own[history.user == user]
+        assert (np.diff(kept.astype(int)) <= 0).all()
+        assert kept.sum() == np.r_[np.flatnonzero(history.events["ts"][history.user == user] > gate_ms), len(kept)][0]
+
+
+def test_category_figures_of_a_known_case():
+    next_N = np.array([7, 8, 9], np.uint32)
+    named = np.array([[7, 1, 0, 0, 0], [1, 2, 3, 4, 5], [1, 9, 2, 0, 0]], np.uint32)
+    p = np.array([[0.5, 0.1, 0, 0, 0], [0.2, 0.1, 0.1, 0.1, 0.1], [0.6, 0.2, 0.1, 0, 0]], np.float32)
+    cell = judge._category_cell(next_N, named, p, 9)
+    assert cell.n == 3 and cell.hit_rate_5 == pytest.approx(2 / 3)
+    assert cell.nll == pytest.approx(-np.mean(np.log([0.5, 0.4 / 4, 0.2])), rel=1e-5)
+
+
+def test_a_check_stops_the_work(examples, config, history):
+    class Stop(Exception):
+        pass
+
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(examples, config, history.categories, FOLD, OPTIONS, prior_logits_3=PRIOR, check=check)
+    assert len(calls) == 3
