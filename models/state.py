@@ -72,9 +72,7 @@ def row_dtype(size: str = "cpu") -> np.dtype:
     """The record of a size. Packed without holes, every field at a multiple of its own size."""
     hidden, ring = SIZES[size]
     extent = {"H": hidden, "K": ring}
-    dtype = np.dtype(
-        [(name, kind, tuple(extent.get(n, n) for n in shape)) for name, kind, shape, _ in FIELDS], align=False
-    )
+    dtype = np.dtype([(name, kind, tuple(extent.get(n, n) for n in shape)) for name, kind, shape, _ in FIELDS], align=False)
     return dtype
 
 
@@ -99,6 +97,8 @@ def decode_row(value: bytes, size: str = "cpu") -> bytes:
     """
     body, crc = value[:-_CRC_BYTES], value[-_CRC_BYTES:]
     dtype = row_dtype(size)
+    if len(body) < dtype["abi"].itemsize:
+        raise CorruptRowError(f"a changelog value of {len(value)} bytes is too short for a row")
     if zlib.crc32(body) != int.from_bytes(crc, "little"):
         raise CorruptRowError(f"a row of {len(body)} bytes fails its checksum")
     abi = int.from_bytes(body[:2], "little")
