@@ -186,10 +186,12 @@ class Committer:
 
     async def _write_changelog(self, dirty: dict[int, tuple[list[bytes], Any]]) -> None:
         acks = []
+        now_ms = int(time.time() * 1000)
         for partition, (keys, rows) in dirty.items():
             itemsize, blob = rows.dtype.itemsize, rows.tobytes()
             values = [encode_row(blob[i : i + itemsize]) for i in range(0, len(blob), itemsize)]
-            acks.append(self.sender.send(self._changelog_topic, partition, list(zip(keys, values, strict=True))))
+            records = [(key, value, now_ms, NO_HEADERS) for key, value in zip(keys, values, strict=True)]
+            acks.append(self.sender.send(self._changelog_topic, partition, records))
             self._metrics.changelog_rows.inc(len(keys))
             self._metrics.changelog_bytes.inc(len(keys) * (itemsize + 4))
         self._kill("commit_changelog_sent")
@@ -218,40 +220,42 @@ async def gather_all(futures: Iterable[asyncio.Future]) -> list[Any]:
     return list(results)
 
 
+Outgoing = tuple[bytes | None, bytes | None, int, list[tuple[str, bytes]]]
+"""Key, value, Kafka timestamp in ms, headers."""
+
+
+NO_HEADERS: list[tuple[str, bytes]] = []
+
+
 class Sender:
     """Sends records in whole batches to one partition and tells when they are acknowledged."""
 
-    def __init__(self, producer: Callable[[], Any], watchdog: Watchdog, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, producer: Callable[[], Any], watchdog: Watchdog | None, loop: asyncio.AbstractEventLoop) -> None:
         """`producer` gives the aiokafka producer, which exists only once the app has started."""
         self._producer = producer
         self._watchdog = watchdog
         self._loop = loop
         self._tails: dict[tuple[str, int], asyncio.Task] = {}
 
-    def send(
-        self, topic: str, partition: int, records: list[tuple], timestamp_ms: int | None = None
-    ) -> asyncio.Task[int]:
-        """Sends (key, value) or (key, value, headers) records, in order after what was sent there before.
+    def send(self, topic: str, partition: int, records: Iterable[Outgoing]) -> asyncio.Task[int]:
+        """Sends records in order, after what was sent there before.
 
         Returns at once; the task's result is the offset of the last record, once all are acknowledged.
         """
-        now_ms = timestamp_ms if timestamp_ms is not None else int(time.time() * 1000)
-        builders = self._build(records, now_ms)
         before = self._tails.get((topic, partition))
-        task = self._loop.create_task(self._send(topic, partition, builders, before))
+        task = self._loop.create_task(self._send(topic, partition, self._build(records), before))
         self._tails[topic, partition] = task
         return task
 
-    def _build(self, records: list[tuple], now_ms: int) -> list[Any]:
+    def _build(self, records: Iterable[Outgoing]) -> list[Any]:
         create = self._producer().create_batch
         builder = create()
         builders = [builder]
-        for key, value, *headers in records:
-            extra = headers[0] if headers else []
-            if builder.append(timestamp=now_ms, key=key, value=value, headers=extra) is None:
+        for key, value, timestamp_ms, headers in records:
+            if builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers) is None:
                 builder = create()
                 builders.append(builder)
-                builder.append(timestamp=now_ms, key=key, value=value, headers=extra)
+                builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers)
         return builders
 
     async def _send(self, topic: str, partition: int, builders: list[Any], before: asyncio.Task | None) -> int:
@@ -260,7 +264,8 @@ class Sender:
             await asyncio.wait([before])
         last = -1
         for builder in builders:
-            self._watchdog.check()
+            if self._watchdog is not None:
+                self._watchdog.check()
             records = builder.record_count()
             ack = await self._producer().send_batch(builder, topic, partition=partition)
             last = (await ack).offset + records - 1

@@ -17,12 +17,14 @@ from faust.types import TP
 from models.errors import EventRefused
 from models.events import CanonicalEvent
 from streams.codec import encode_json, partitions_of
-from streams.commit import Committer, Sender
+from streams.commit import NO_HEADERS, Committer, Sender
 from streams.dead_letters import dead_letter
 from streams.identities import Identities
 from streams.metrics import Metrics
 from streams.platforms import Platform
 from streams.pseudonym import Pseudonymiser
+
+_OLDEST_KEPT_MS = 3_600_000
 
 
 class IngestStage:
@@ -60,9 +62,9 @@ class IngestStage:
         platform = self._by_topic[tp.topic]
         now_ms = int(time.time() * 1000)
         with self._metrics.stage["canonicalise"].time():
-            events, refused = self._canonicalise(platform, tp, records, now_ms)
+            events, times_ms, refused = self._canonicalise(platform, tp, records, now_ms)
         with self._metrics.stage["send"].time():
-            sends = self._send_events(events) + self._send_refused(refused, now_ms)
+            sends = self._send_events(events, times_ms) + self._send_refused(refused, now_ms)
         for send in sends:
             self._committer.register(send)
         self._committer.processed(tp, records[-1].offset + 1)
@@ -73,8 +75,11 @@ class IngestStage:
 
     def _canonicalise(
         self, platform: Platform, tp: TP, records: list[Any], now_ms: int
-    ) -> tuple[list[CanonicalEvent], list[tuple[Any, EventRefused]]]:
-        events, refused = [], []
+    ) -> tuple[list[CanonicalEvent], list[int], list[tuple[Any, EventRefused]]]:
+        """→ (events, their Kafka times in ms, the refused). An event keeps the time at which it reached Kafka, so that
+        latency is measured from there; a time that retention would act on is not taken over."""
+        events, times_ms, refused = [], [], []
+        oldest_ms = now_ms - _OLDEST_KEPT_MS
         pseudonym, resolve = self._pseudonymiser.of, self._identities.resolve
         for record in records:
             try:
@@ -91,15 +96,17 @@ class IngestStage:
             else:
                 event.user = resolve(pseudonym(platform.name, event.user))
                 events.append(event)
-        return events, refused
+                times_ms.append(record.timestamp if oldest_ms <= record.timestamp <= now_ms else now_ms)
+        return events, times_ms, refused
 
-    def _send_events(self, events: list[CanonicalEvent]) -> list[Any]:
+    def _send_events(self, events: list[CanonicalEvent], times_ms: list[int]) -> list[Any]:
         if not events:
             return []
         users = [event.user.encode() for event in events]
         by_partition = defaultdict(list)
-        for user, event, partition in zip(users, events, partitions_of(users, self._partitions).tolist(), strict=True):
-            by_partition[partition].append((user, encode_json(event)))
+        partitions = partitions_of(users, self._partitions).tolist()
+        for user, event, time_ms, partition in zip(users, events, times_ms, partitions, strict=True):
+            by_partition[partition].append((user, encode_json(event), time_ms, NO_HEADERS))
         return [self._sender.send(self._events_topic, p, out) for p, out in by_partition.items()]
 
     def _send_refused(self, refused: list[tuple[Any, EventRefused]], now_ms: int) -> list[Any]:

@@ -22,7 +22,7 @@ from models.fold import DUPLICATE, TOO_LATE
 from models.scorer import Scores
 from streams.arena import Arena
 from streams.codec import columns, decode_events, encode_json
-from streams.commit import Committer, KillSwitch, Sender
+from streams.commit import NO_HEADERS, Committer, KillSwitch, Outgoing, Sender
 from streams.dead_letters import dead_letter
 from streams.metrics import Metrics
 from streams.model_feed import ModelFeed
@@ -80,7 +80,7 @@ class ScoreStage:
             self._kill("after_fold")
             if out:
                 with stage["send"].time():
-                    sends.append(self._sender.send(self._scores_topic, tp.partition, out, now_ms))
+                    sends.append(self._sender.send(self._scores_topic, tp.partition, out))
                 self._metrics.event_to_score_seconds.observe_many(np.maximum(0, now_ms - received_ms) / 1000.0)
             self._count(events, status)
         for send in sends:
@@ -109,8 +109,8 @@ class ScoreStage:
 
     def _encode(
         self, events: list[CanonicalEvent], records: list[Any], scores: Scores, cold: Any, status: np.ndarray, now_ms: int
-    ) -> tuple[list[tuple[bytes, bytes]], np.ndarray]:
-        """→ ((key, score record) of every event that is no duplicate, the Kafka times (ms) of those events)."""
+    ) -> tuple[list[Outgoing], np.ndarray]:
+        """→ (score record of every event that is no duplicate, the Kafka times (ms) of those events)."""
         model = self._feed.current.model
         name, degraded = model.version, model.degraded
         names = model.categories.names if model.categories is not None else []
@@ -138,7 +138,7 @@ class ScoreStage:
                 cold=is_cold,
                 degraded=degraded,
             )
-            out.append((record.key, encode_json(score)))  # NaN becomes null
+            out.append((record.key, encode_json(score), now_ms, NO_HEADERS))  # NaN becomes null
             received_ms.append(record.timestamp)
         return out, np.array(received_ms, np.int64)
 
