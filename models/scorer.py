@@ -8,9 +8,10 @@
       5. heads     one matrix product: logits and gates         (device)
       6. finish    calibration, masks, categories, shift
 
-Streams may call `prepare`, `fold_with_views` and `score` itself where it must do something in between.
+Whoever must do something in between calls `prepare`, `fold_with_views` and `score`.
 
-Shapes: N events, F features, H hidden units, P platforms (index 0: unknown to the model). Knows no Kafka, file or clock.
+Shapes: N events, F features, H hidden units, P platforms (index 0: unknown to the model).
+Knows no Kafka, file or clock.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from numba import njit
 from models.categories import CategoryTable, take_view, view_dtype
 from models.config import FoldConfig
 from models.events import EVENT, platform_code
-from models.fold import DUPLICATE, FOLDED, N_FEATURES, fold, fold_params, refold_rings
+from models.fold import DUPLICATE, FOLDED, N_FEATURES, fold, fold_params, refold_rings, starts_afresh
 from models.state import SIZES, row_dtype
 from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_scan
 
@@ -40,17 +41,31 @@ _REBUILD_USERS = 512
 
 @njit(nogil=True)
 def fold_with_views(rows, slots, events, params, features, dt_s, status, views):
-    """`models.fold.fold`, and views[i] (of `view_dtype`) of the row right after event i."""
+    """`models.fold.fold`, one event after another, and views[i] (of `view_dtype`) of the row right after event i.
+
+    Leaves `h` alone, also of a user who starts afresh: `Scorer.score` puts it to zero when it comes to that event.
+    """
     # Not cached: Numba's cache of a caller does not see that `fold`, which lives in another file, has changed.
+    if len(slots) != len(events) or len(views) < len(events):
+        raise ValueError("fold_with_views: slots, events and views do not fit together")
+    for i in range(len(slots)):
+        if not 0 <= slots[i] < len(rows):
+            raise ValueError("fold_with_views: a slot lies outside the rows")
+    kept = np.empty(0, np.float32)
     for i in range(len(events)):
+        h = rows[slots[i]]["h"]
+        if len(kept) == 0:
+            kept = np.empty(len(h), np.float32)
+        kept[:] = h
         one = slice(i, i + 1)
         fold(rows, slots[one], events[one], params, features[one], dt_s[one], status[one])
+        h[:] = kept
         take_view(rows, slots[i], views, i)
 
 
 @njit(cache=True, nogil=True)
-def _advance(rows, slots, folded_N, version, a_NH, b_NH, h_NH):
-    """Step 4. → number of rows whose `h` belongs to another recurrence (they are left as they are)."""
+def _advance(rows, slots, folded_N, fresh_N, version, a_NH, b_NH, h_NH):
+    """Step 4. → number of events whose row's `h` belongs to another recurrence (they are left as they are)."""
     stale = 0
     for i in range(len(h_NH)):
         row = rows[slots[i]]
@@ -58,6 +73,8 @@ def _advance(rows, slots, folded_N, version, a_NH, b_NH, h_NH):
             stale += 1
             continue
         h = row["h"]
+        if fresh_N[i]:
+            h[:] = 0.0
         if folded_N[i]:
             for j in range(len(h)):
                 h[j] = a_NH[i, j] * h[j] + b_NH[i, j]
@@ -107,7 +124,7 @@ class Model:
         self.config.check()
         platforms = len(self.config.platforms)
         platform_lookup(self.config)
-        if self.config.n_features != N_FEATURES:
+        if self.student is not None and self.config.n_features != N_FEATURES:
             raise ValueError(f"the model reads {self.config.n_features} features; the fold makes {N_FEATURES}")
         if self.calibration_P32.shape != (platforms + 1, N_LOGITS, 2) or self.calibration_P32.dtype != np.float32:
             raise ValueError(f"calibration has shape {self.calibration_P32.shape}")
@@ -152,7 +169,7 @@ class Scorer:
         features_NF, dt_s_N = np.empty((n, N_FEATURES), np.float32), np.empty(n, np.float32)
         status_N, views = np.empty(n, np.uint8), None
         self.prepare(rows, slots)
-        if self.model.categories is None:
+        if self._student is None:
             fold(rows, slots, events, self._params, features_NF, dt_s_N, status_N)
         else:
             views = np.empty(n, view_dtype(self.model.config.size))
@@ -233,9 +250,10 @@ class Scorer:
         x_NF, e_NE, a_NH, b_NH = self._student.encode(columns)
         h_NH = np.zeros(a_NH.shape, np.float32)
         a_NH, b_NH = a_NH.cpu().numpy(), b_NH.cpu().numpy()
-        stale = _advance(rows, slots, status_N == FOLDED, self._recurrence_id, a_NH, b_NH, h_NH)
+        fresh_N = starts_afresh(features_NF, status_N)
+        stale = _advance(rows, slots, status_N == FOLDED, fresh_N, self._recurrence_id, a_NH, b_NH, h_NH)
         if stale:
-            raise ValueError(f"h of {stale} rows belongs to another recurrence; call prepare() before the fold")
+            raise ValueError(f"h at {stale} events belongs to another recurrence; call prepare() before the fold")
         h_NH = torch.from_numpy(h_NH).to(self.device)
         logits_N3, gates_NG = self._student.heads(h_NH, x_NF, e_NE, columns.platform_N)
         return logits_N3.cpu().numpy(), gates_NG.cpu().numpy()
