@@ -54,7 +54,12 @@ def prefix() -> str:
 @pytest.fixture
 def kafka(broker: EmbeddedBroker | ApacheKafka) -> KafkaConfig:
     # 6 s: a group join on the embedded broker takes half the session timeout; Kafka's least is 6 s.
-    return KafkaConfig(bootstrap=broker.bootstrap, session_timeout_s=6.0, heartbeat_interval_s=1.0)
+    return KafkaConfig(
+        bootstrap=broker.bootstrap,
+        session_timeout_s=6.0,
+        heartbeat_interval_s=1.0,
+        idempotence=broker.name != "embedded",
+    )
 
 
 @pytest.fixture
