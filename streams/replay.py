@@ -36,7 +36,7 @@ from models.errors import ConfigError, EventRefused
 from streams.platforms import Join, Platform, decode_object, step
 
 CHUNK_ROWS = 8192
-_LINE = "line"  # the one column of a .jsonl
+_LINE = "\0line"  # the one column of a .jsonl
 _encode = msgspec.json.Encoder().encode
 
 
@@ -74,9 +74,12 @@ class _Rows:
         self.tables = [_read_file(directory / name) for name in platform.replay.files]
         self.joins = [(join, _read_join(directory, join)) for join in platform.replay.joins]
         for table, name in zip(self.tables, platform.replay.files, strict=True):
-            self._check_joins(table, directory / name)
+            self._check_columns(table, directory / name)
 
-    def _check_joins(self, table: pa.Table, path: Path) -> None:
+    def _check_columns(self, table: pa.Table, path: Path) -> None:
+        times = {str(way[0]) for way in self.platform.time.paths}
+        if table.column_names != [_LINE] and not times & set(table.column_names):
+            raise ConfigError(f"{path}: has no column {' or '.join(sorted(times))}, where the platform's time would be")
         for join, _ in self.joins:
             if table.column_names == [_LINE]:
                 raise ConfigError(f"{path}: rows of a .jsonl cannot be joined; write the columns into the lines")
@@ -241,12 +244,16 @@ def _user_hash(platform: Platform, event: dict) -> int:
 
 def _by_row(table: pa.Table, columns: Iterable[str], function: Callable[[dict], int | None], absent: int) -> np.ndarray:
     """(n,) int64: of each row, `function` of the event, which may look at `columns` only; `absent` for its None."""
+    rows = table.num_rows
     if table.column_names != [_LINE]:
         table = table.select([name for name in table.column_names if name in columns])
+        if table.num_columns == 0:
+            value = function({})
+            return np.full(rows, absent if value is None else value, np.int64)
         if table.num_columns == 1 and not pa.types.is_nested(table.schema.types[0]):
             return _by_distinct_value(table, function, absent)
     values = (function(event) for batch in table.to_batches(max_chunksize=CHUNK_ROWS) for event, _ in _events(batch))
-    return np.fromiter((absent if v is None else v for v in values), np.int64, table.num_rows)
+    return np.fromiter((absent if v is None else v for v in values), np.int64, rows)
 
 
 def _by_distinct_value(table: pa.Table, function: Callable[[dict], int | None], absent: int) -> np.ndarray:
