@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import errno
 import json
 import logging
 import os
@@ -198,6 +199,7 @@ app = typer.Typer(
     help="Scores every shopper event within milliseconds of its arrival in Kafka.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: loading rich would take longer than all the rest of it
 )
 history_app = typer.Typer(help="The trainer's history of events.")
 models_app = typer.Typer(help="Published models.")
@@ -281,9 +283,18 @@ def trainer(
     settings = load_settings(_overrides(bootstrap, assignments), config)
     _require_kafka(settings)
     _configure_logging(settings)
+    from streams.platforms import load_platforms
     from trainer.run import run_trainer
 
-    return run_trainer(settings, once, _stop_on_signal())
+    heads = {p.name: p.heads for p in load_platforms(settings.worker.platforms_dir, settings.worker.platforms)}
+    try:
+        results = asyncio.run(run_trainer(settings, once, heads=heads))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        port = settings.metrics.trainer_port
+        raise ConfigError(f"port {port} is in use: set metrics.trainer_port to a free one (0 takes any)") from error
+    return 1 if once and results[-1].outcome == "failed" else 0
 
 
 @app.command()
@@ -309,7 +320,9 @@ def replay(
     platform: Annotated[Path, typer.Option(metavar="FILE", help="Platform file with a [replay] table.")],
     rate: Annotated[float | None, typer.Option(min=0.001, help="Events a second of the live share.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N events.")] = None,
-    live_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The latest share, sent at --rate.")] = 0.1,
+    live_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The latest share of the time span: sent at --rate.")
+    ] = 0.1,
     bootstrap: Bootstrap = None,
     config: Config = None,
     assignments: Set = None,
@@ -317,15 +330,12 @@ def replay(
     """Send a recorded data set as its platform would have, shifted in time so that its last event is now."""
     settings = load_settings(_overrides(bootstrap, assignments), config)
     _require_kafka(settings)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from streams.produce import produce
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("sending", total=None)
+    with _console(stderr=True).status("reading the data set") as status:
 
-        def show(sent: int, total: int) -> None:
-            progress.update(task, completed=sent, total=total)
+        def show(sent: int, live: bool) -> None:
+            status.update(f"{sent} events sent, {'live' if live else 'backfilling'}")
 
         done = asyncio.run(produce(settings, directory, platform, rate, limit, live_share, show))
     typer.echo(f"{done.backfilled} events backfilled, {done.live} sent live, in {done.seconds:.1f} s")
@@ -353,6 +363,7 @@ def models_list(json_output: Json = False, config: Config = None, assignments: S
     """Versions in the artifact store, newest first."""
     settings = load_settings(_overrides(None, assignments), config)
     import msgspec
+
     from models.artifact import list_versions
 
     manifests = sorted(list_versions(settings.store.uri, settings.store.name), key=lambda m: m.version, reverse=True)
