@@ -28,6 +28,8 @@ import typer
 from models.errors import ConfigError, CrosscurrentError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from models.config import Settings
 
 ENV_PREFIX = "CROSSCURRENT_"
@@ -241,7 +243,7 @@ def _root(
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(min=1, help="How long it runs once everything is up.")] = 60.0,
+    seconds: Annotated[float | None, typer.Option(min=1, help="How long it runs; default: until Ctrl-C.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of real data sets; default: the simulator.")] = None,
     json_output: Json = False,
     config: Config = None,
@@ -252,7 +254,21 @@ def demo(
     _configure_logging(settings)
     from streams.demo import run_demo
 
-    return run_demo(settings, seconds, json_output, data)
+    return run_demo(settings, seconds, json_output, data, _labeller(settings))
+
+
+def _labeller(settings: Settings) -> Callable[[Any], tuple[Any, Any]]:
+    """The trainer's labels for what the demo observes: (labels (n, 3), matured (n, 4))."""
+    from trainer.history import History
+    from trainer.labels import make_labels, matured
+
+    def label(seen: Any) -> tuple[Any, Any]:
+        offsets = seen.events["offset"]
+        history = History(seen.events, seen.user, seen.platform, seen.partition, offsets, seen.users, seen.platforms)
+        labels = make_labels(history, settings.fold, settings.horizons)
+        return labels.y_N3, matured(labels, seen.events["ts"], settings.horizons)
+
+    return label
 
 
 @app.command()
@@ -399,6 +415,7 @@ def dead_letters_list(
     """Show what was refused, and why. Never shows the records themselves: they hold raw user ids."""
     settings = load_settings(_overrides(bootstrap, assignments), config)
     _check_reason(reason)
+    _require_kafka(settings)
     from streams import dead_letters
 
     letters = asyncio.run(dead_letters.newest(settings.kafka, settings.topics.dead_letters, limit, reason))
@@ -440,6 +457,7 @@ def dead_letters_replay(
     """Send refused records to the topics that they came from, once what refused them is mended."""
     settings = load_settings(_overrides(bootstrap, assignments), config)
     _check_reason(reason)
+    _require_kafka(settings)
     from streams import dead_letters
 
     done = asyncio.run(dead_letters.replay(settings.kafka, settings.topics.dead_letters, limit, reason))

@@ -77,7 +77,7 @@ class ChildProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env,
-                preexec_fn=None if detached else _die_with_parent(os.getpid()),
+                preexec_fn=None if detached else die_with_parent(os.getpid()),
                 start_new_session=detached,
             )
 
@@ -112,7 +112,7 @@ class ChildProcess:
             return f.read().decode(errors="replace")
 
 
-def _die_with_parent(parent: int):
+def die_with_parent(parent: int):
     """A function for the child, between fork and exec: be killed when the parent dies (Linux only)."""
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -156,6 +156,10 @@ class EmbeddedBroker:
     @property
     def pid(self) -> int:
         return self._child.pid
+
+    @property
+    def running(self) -> bool:
+        return self._child.running
 
     def start(self) -> EmbeddedBroker:
         """Returns once it accepts connections. `ConfigError` when it is not installed or does not start."""
