@@ -63,8 +63,8 @@ def encode_headers(meta: DeadLetter) -> list[tuple[str, bytes]]:
     return [(name, str(value).encode()) for name, value in fields.items() if value is not None]
 
 
-def dead_letter(record: Any, stage: str, error: EventRefused, now_ms: int) -> tuple[bytes | None, bytes, list]:
-    """(key, value, headers) of the dead letter of a fetched record."""
+def dead_letter(record: Any, stage: str, error: EventRefused, now_ms: int) -> tuple[bytes | None, bytes, int, list]:
+    """(key, value, timestamp, headers) of the dead letter of a fetched record."""
     value = record.value or b""
     large = len(value) > MAX_KEPT_BYTES
     meta = DeadLetter(
@@ -78,7 +78,7 @@ def dead_letter(record: Any, stage: str, error: EventRefused, now_ms: int) -> tu
         sha256=hashlib.sha256(value).hexdigest() if large else None,
         size=len(value) if large else None,
     )
-    return record.key, b"" if large else value, encode_headers(meta)
+    return record.key, b"" if large else value, now_ms, encode_headers(meta)
 
 
 def decode_headers(headers: Iterable[tuple[str, bytes]]) -> DeadLetter | None:
@@ -104,6 +104,8 @@ async def _records(kafka: KafkaConfig, topic: str) -> AsyncIterator[Any]:
         cluster = await client.fetch_all_metadata()
         partitions = [TopicPartition(topic, p) for p in cluster.partitions_for_topic(topic) or ()]
         ends = await end_offsets(client, partitions)
+    if not partitions:
+        return
     consumer = AIOKafkaConsumer(
         group_id=None, enable_auto_commit=False, auto_offset_reset="earliest", **client_options(kafka)
     )
