@@ -162,18 +162,22 @@ def _scan_kernel(a_NH, b_NH, h_NH):
 
 def _scan(a_NH: Tensor, b_NH: Tensor) -> Tensor:
     """h_i = a_i h_{i−1} + b_i with h_{−1} = 0. A sequence begins wherever a is 0."""
-    if a_NH.device.type == "cpu" and a_NH.dtype in (torch.float32, torch.float64):
-        h_NH = torch.empty_like(b_NH, memory_format=torch.contiguous_format)
-        if len(h_NH):
-            _scan_kernel(a_NH.contiguous().numpy(), b_NH.contiguous().numpy(), h_NH.numpy())
-        return h_NH
-    # Elsewhere by doubling: after step s, (a, b) at i compose the 2^s events up to i. log2(N) launches instead of N.
+    if a_NH.device.type != "cpu":
+        return _scan_by_doubling(a_NH, b_NH)
+    h_NH = torch.empty_like(b_NH, memory_format=torch.contiguous_format)
+    if len(h_NH):
+        _scan_kernel(a_NH.contiguous().numpy(), b_NH.contiguous().numpy(), h_NH.numpy())
+    return h_NH
+
+
+def _scan_by_doubling(a_NH: Tensor, b_NH: Tensor) -> Tensor:
+    """The same in log2(N) launches instead of N: after step s, (a, b) at i compose the 2^s events up to i."""
     step = 1
     while step < len(a_NH):
         b_NH = torch.cat([b_NH[:step], a_NH[step:] * b_NH[:-step] + b_NH[step:]])
         a_NH = torch.cat([a_NH[:step], a_NH[step:] * a_NH[:-step]])
         step *= 2
-    return b_NH.clone() if step == 1 else b_NH
+    return b_NH.clone()
 
 
 class _Scan(torch.autograd.Function):
@@ -292,9 +296,7 @@ class Student(nn.Module):
         # A product for each platform that occurs, so that the work does not grow with the platforms known.
         for index in torch.unique(platform_N).tolist():
             at_M = torch.nonzero(platform_N == index).squeeze(1)
-            out_MO = functional.linear(
-                f_NK[at_M], self._of(self.head_weight_POK, index), self._of(self.head_bias_PO, index)
-            )
+            out_MO = functional.linear(f_NK[at_M], self._of(self.head_weight_POK, index), self._of(self.head_bias_PO, index))
             skip_M3 = functional.linear(x_NF[at_M], self._of(self.skip_weight_POF, index))
             out_NO = out_NO.index_copy(0, at_M, out_MO + functional.pad(skip_M3, (0, N_GATES)))
         return out_NO[:, :N_LOGITS], out_NO[:, N_LOGITS:]
