@@ -66,12 +66,15 @@ class CanonicalEvent(msgspec.Struct, omit_defaults=True, kw_only=True, forbid_un
     text: Annotated[str, Meta(max_length=MAX_TEXT)] | None = None
 
 
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
 class Probabilities(msgspec.Struct, kw_only=True):
     """Probabilities of what comes strictly after the event; null for a head that the platform cannot have."""
 
-    click: float | None
-    purchase: float | None
-    return_: float | None = msgspec.field(name="return")
+    click: Probability | None
+    purchase: Probability | None
+    return_: Probability | None = msgspec.field(name="return")
 
 
 class ScoreRecord(msgspec.Struct, kw_only=True):
@@ -88,9 +91,9 @@ class ScoreRecord(msgspec.Struct, kw_only=True):
     model: str
     """`<name>/<version>` of the model, or `prior`."""
     p: Probabilities
-    churn: float | None
+    churn: Probability | None
     """1 − p.return."""
-    categories: list[tuple[str, float]]
+    categories: Annotated[list[tuple[str, float]], Meta(max_length=5)]
     """At most five most likely next categories, most likely first; empty where the platform has none."""
     interest_shift: float | None
     """Jensen-Shannon distance (base 2, in [0, 1]) between the long-term and the predicted category mix."""
@@ -154,7 +157,7 @@ def hash32(text: str | None) -> int:
 
 
 def platform_code(platform: str) -> int:
-    """Stable 16-bit code of a platform's name, never 0. Two platforms of one deployment with equal codes are refused at start."""
+    """Stable 16-bit code of a platform's name, never 0. Two of one deployment with equal codes are refused at start."""
     return (xxhash.xxh3_64_intdigest(platform.encode()) & 0xFFFF) or 1
 
 
