@@ -1,0 +1,58 @@
+# What is done by hand and by CI. `make` alone lists the targets.
+# Needs Python 3.11 or newer and a package index; `kafka` and `test-kafka` also Java 17 and Maven.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.ready
+PORT   ?= 9092
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit kafka kafka-stop test-kafka bench lint build clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "%-12s%s\n", $$1, $$2 }'
+
+setup: $(STAMP)  ## .venv with everything in it, kernels compiled; nothing to do when pyproject.toml is unchanged
+
+# uv comes from the index too, into the environment that it then fills.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --quiet -e '.[dev]'
+	$(BIN)/python -m models.warm
+	touch $@
+
+demo: setup  ## the whole thing in one terminal; ARGS="--seconds 60"
+	$(BIN)/crosscurrent demo $(ARGS)
+
+test: setup  ## all tests, on the embedded broker; those on real data skip where CROSSCURRENT_DATA is absent
+	$(BIN)/python -m pytest $(ARGS)
+
+test-unit: setup  ## the tests that need no broker
+	$(BIN)/python -m pytest -m "not broker" $(ARGS)
+
+kafka: setup  ## Apache Kafka on this machine, PORT=9092, in the background
+	$(BIN)/python deploy/kafka/local_kafka.py start --port $(PORT)
+
+kafka-stop: setup  ## end it; its records go with it
+	$(BIN)/python deploy/kafka/local_kafka.py stop
+
+test-kafka: setup  ## the tests with a broker, on Apache Kafka of their own
+	$(BIN)/python -m pytest -m broker --broker=kafka $(ARGS)
+
+bench: setup  ## benchmarks; ARGS names one: ARGS="throughput --seconds 20"
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: setup  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+build: setup  ## wheel and sdist in dist/
+	rm -rf dist
+	$(BIN)/python -m build --installer uv
+
+clean:  ## everything that this file made, .venv too
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
