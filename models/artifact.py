@@ -143,7 +143,9 @@ def publish(
 
 def _pack(name, model, metrics, training_range, reference_histograms, now_ms) -> tuple[Manifest, bytes]:
     model.check()
-    blob = safetensors.save(_tensors(model))
+    tensors = _tensors(model)
+    _check_finite(tensors, name)
+    blob = safetensors.save(tensors)
     manifest = Manifest(
         name=name,
         version="",
@@ -349,9 +351,7 @@ def _unpack(manifest: Manifest, blob: bytes, version: str, degraded: bool = Fals
         tensors = safetensors.load(blob)
     except SafetensorError as error:
         raise ArtifactError("manifest", f"{TENSORS} of {version}: {error}") from error
-    for key, tensor in tensors.items():
-        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-            raise ArtifactError("nonfinite", f"{key} of {version} holds a number that is not finite")
+    _check_finite(tensors, version)
     try:
         model = _build(manifest, tensors, version, degraded)
         model.check()
@@ -362,6 +362,12 @@ def _unpack(manifest: Manifest, blob: bytes, version: str, degraded: bool = Fals
     if model.student is not None:
         _check_golden(model, manifest.golden)
     return model
+
+
+def _check_finite(tensors: dict[str, np.ndarray], version: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise ArtifactError("nonfinite", f"{key} of {version} holds a number that is not finite")
 
 
 def _build(manifest: Manifest, tensors: dict[str, np.ndarray], version: str, degraded: bool) -> Model:

@@ -17,8 +17,10 @@ Knows no Kafka, file or clock.
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -39,28 +41,38 @@ _REBUILD_USERS = 512
 """Most users whose `h` is rebuilt at once: bounds the memory."""
 
 
-@njit(nogil=True)
-def fold_with_views(rows, slots, events, params, features, dt_s, status, views):
-    """`models.fold.fold`, one event after another, and views[i] (of `view_dtype`) of the row right after event i.
+def _compile_fold_with_views(sources: str):
+    @njit(cache=True, nogil=True)
+    def fold_with_views(rows, slots, events, params, features, dt_s, status, views):
+        """`models.fold.fold`, one event after another, and views[i] (of `view_dtype`) of the row right after event i.
 
-    Leaves `h` alone, also of a user who starts afresh: `Scorer.score` puts it to zero when it comes to that event.
-    """
-    # Not cached: Numba's cache of a caller does not see that `fold`, which lives in another file, has changed.
-    if len(slots) != len(events) or len(views) < len(events):
-        raise ValueError("fold_with_views: slots, events and views do not fit together")
-    for i in range(len(slots)):
-        if not 0 <= slots[i] < len(rows):
-            raise ValueError("fold_with_views: a slot lies outside the rows")
-    kept = np.empty(0, np.float32)
-    for i in range(len(events)):
-        h = rows[slots[i]]["h"]
-        if len(kept) == 0:
-            kept = np.empty(len(h), np.float32)
-        kept[:] = h
-        one = slice(i, i + 1)
-        fold(rows, slots[one], events[one], params, features[one], dt_s[one], status[one])
-        h[:] = kept
-        take_view(rows, slots[i], views, i)
+        Leaves `h` alone, also of a user who starts afresh: `Scorer.score` puts it to zero when it comes to that event.
+        """
+        _ = sources
+        if len(slots) != len(events) or len(views) < len(events):
+            raise ValueError("fold_with_views: slots, events and views do not fit together")
+        for i in range(len(slots)):
+            if not 0 <= slots[i] < len(rows):
+                raise ValueError("fold_with_views: a slot lies outside the rows")
+        kept = np.empty(0, np.float32)
+        for i in range(len(events)):
+            h = rows[slots[i]]["h"]
+            if len(kept) == 0:
+                kept = np.empty(len(h), np.float32)
+            kept[:] = h
+            one = slice(i, i + 1)
+            fold(rows, slots[one], events[one], params, features[one], dt_s[one], status[one])
+            h[:] = kept
+            take_view(rows, slots[i], views, i)
+
+    return fold_with_views
+
+
+# Numba's cache of a function does not see that one it calls, in another file, has changed; but what a closure holds is
+# part of the cache's key. So a stale fold can never be served from the cache.
+fold_with_views = _compile_fold_with_views(
+    "".join(hashlib.sha256(Path(f.py_func.__code__.co_filename).read_bytes()).hexdigest() for f in (fold, take_view))
+)
 
 
 @njit(cache=True, nogil=True)
