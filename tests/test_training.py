@@ -163,13 +163,16 @@ def test_examples_are_the_folded_events_in_order(history, replayed, examples):
 
 
 def test_the_gate_starts_where_the_longest_horizon_leaves_room(history, labels):
-    first, end = history.events["ts"].min(), labels.watermark_N.max()
+    ts = np.sort(history.events["ts"])
+    first, end = ts[len(ts) // 1000], labels.watermark_N.max()
     start = gate_start(history, labels, HORIZONS, 0.2)
     assert start == first + round(0.8 * (end - 7 * DAY_MS - first))
     short = HorizonsConfig(return_s=25 * 86400.0)
     assert gate_start(history, labels, short, 0.2) == first + round(0.8 * (end - DAY_MS - first))
     endless = HorizonsConfig(click_s=4e6, purchase_s=4e6, return_s=4e6)
     assert gate_start(history, labels, endless, 0.2) is None
+    some = gate_start(history, labels, HORIZONS, 0.2, max_events=len(ts) * 2 // 3)
+    assert some == ts[-(len(ts) * 2 // 3)] + round(0.8 * (end - 7 * DAY_MS - ts[-(len(ts) * 2 // 3)]))
 
 
 def test_heads_come_from_the_platform_files_and_else_from_the_events(history, gate_ms):

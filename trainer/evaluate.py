@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from models.config import HorizonsConfig
 from models.events import BINARY_HEADS, HEADS
-from models.fold import FOLDED
+from models.fold import FEATURE_NAMES, FOLDED
 from models.scorer import Model, Scorer
 from trainer.history import History
 from trainer.labels import Labels, matured
@@ -28,6 +28,8 @@ from trainer.train import before
 BATCH = 4096
 LEAST_CELL = 100
 """Fewer judged events, or only one outcome, do not gate."""
+P_BINS, FEATURE_BINS = 20, 10
+_SAMPLE = 20_000
 _CATEGORY = HEADS.index("category")
 
 
@@ -58,6 +60,8 @@ class Report(NamedTuple):
     categories: dict[str, CategoryCell]
     finite: bool
     """Every output that should be a number is one."""
+    shares: dict[tuple[str, str], list[float]]
+    """(platform, head) → share of the probabilities in each of P_BINS equal bins from 0 to 1, over all judged events."""
 
     def as_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         """platform → head → figures, for a manifest."""
@@ -118,13 +122,15 @@ def evaluate(
     own = Labels(*(column[judged.at] for column in labels))
     known_N4 = matured(own, ts_N, horizons) & ((judged.status == FOLDED) & (ts_N > gate_ms))[:, None]
     can_N4 = _can_have(model, history)[history.platform[judged.at]]
-    cells, categories = {}, {}
+    cells, categories, shares = {}, {}, {}
     for index, platform in enumerate(history.platforms):
         here_N = history.platform[judged.at] == index
         for head, name in enumerate(BINARY_HEADS):
             of_cell = here_N & known_N4[:, head] & can_N4[:, head]
             if of_cell.any():
                 cells[platform, name] = _cell(own.y_N3[of_cell, head], judged.p_N3[of_cell, head])
+                p = judged.p_N3[here_N & (judged.status == FOLDED), head]
+                shares[platform, name] = _shares(p, np.linspace(0.0, 1.0, P_BINS + 1)[1:-1])
         of_cell = here_N & known_N4[:, _CATEGORY] & can_N4[:, _CATEGORY]
         if of_cell.any() and model.categories is not None:
             categories[platform] = _category_cell(
@@ -135,7 +141,39 @@ def evaluate(
             )
     scored_N3 = (can_N4[:, :3]) & (judged.status == FOLDED)[:, None]
     finite = bool(np.isfinite(judged.p_N3[scored_N3]).all() and np.isfinite(judged.category_p_N5).all())
-    return Report(cells, categories, finite)
+    return Report(cells, categories, finite, shares)
+
+
+def reference_histograms(
+    report: Report, features_MF: np.ndarray, platform_M: np.ndarray, platforms: tuple[str, ...]
+) -> dict:
+    """What later traffic is compared with to see drift.
+
+    `p`: platform → head → shares in P_BINS equal bins of the probability, on the judged events. `features`: platform →
+    feature → `edges` (the inner deciles of the training events, equal ones merged) and the `shares` between them.
+    """
+    p: dict[str, dict[str, list[float]]] = {}
+    for (platform, head), shares in report.shares.items():
+        p.setdefault(platform, {})[head] = shares
+    features: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row, platform in enumerate(platforms, start=1):
+        own = np.flatnonzero(platform_M == row)
+        own = own[:: max(1, len(own) // _SAMPLE)]
+        if not len(own):
+            continue
+        deciles_BF = np.quantile(features_MF[own], np.linspace(0, 1, FEATURE_BINS + 1)[1:-1], axis=0)
+        features[platform] = {}
+        for feature, name in enumerate(FEATURE_NAMES):
+            edges = np.unique(deciles_BF[:, feature])
+            shares = _shares(features_MF[own, feature], edges)
+            features[platform][name] = {"edges": [round(float(edge), 6) for edge in edges], "shares": shares}
+    return {"p": p, "features": features}
+
+
+def _shares(values: np.ndarray, edges: np.ndarray) -> list[float]:
+    """Share of the values under, between and over the edges; a value at an edge counts as over it."""
+    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
+    return [round(float(share), 6) for share in counts / max(len(values), 1)]
 
 
 def _can_have(model: Model, history: History) -> np.ndarray:

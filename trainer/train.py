@@ -131,12 +131,21 @@ def before(history: History, until_ms: int) -> np.ndarray:
     return np.arange(len(history)) < first_U[history.user]
 
 
-def gate_start(history: History, labels: Labels, horizons: HorizonsConfig, fraction: float) -> int | None:
+def gate_start(
+    history: History, labels: Labels, horizons: HorizonsConfig, fraction: float, max_events: int | None = None
+) -> int | None:
     """The instant G (ms) that ends training: the latest `fraction` of the matured time of the longest horizon for which
-    there is enough time to train before and to judge after. None where there is for no horizon."""
-    if not len(history):
+    there is enough time to train before and to judge after. None where there is for no horizon.
+
+    Time begins with the `max_events` latest events, and never with the earliest thousandth: a platform whose clock
+    says 1970 now and then must not stretch it.
+    """
+    n = len(history)
+    if not n:
         return None
-    first, end = int(history.events["ts"].min()), int(labels.watermark_N.max())
+    skipped = max(n // 1000, n - (max_events or n))
+    first = int(np.partition(history.events["ts"], skipped)[skipped])
+    end = int(labels.watermark_N.max())
     for horizon in sorted({int(h) for h in horizons_ms(horizons)}, reverse=True):
         span = end - horizon - first
         start = first + round((1.0 - fraction) * span)

@@ -1,0 +1,242 @@
+"""Rounds of the trainer: from the topic `events` to an announcement that a worker can load; and what it refuses."""
+
+import asyncio
+import os
+import signal
+import urllib.request
+
+import msgspec
+import pytest
+import torch
+from aiokafka import AIOKafkaProducer
+from synthetic_history import PARTITIONS, make_canonical
+
+from models import artifact
+from models.config import KafkaConfig, MetricsConfig, Settings, StoreConfig, TrainerConfig
+from models.events import CanonicalEvent
+from streams.kafka import create_topics
+from trainer import run
+from trainer.evaluate import CategoryCell, Cell, Report
+from trainer.history import HistoryStore
+from trainer.run import run_trainer
+from trainer.train import Trained
+
+EVENTS = make_canonical(260, days=30)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def settings_of(tmp_path, kafka: KafkaConfig, topics, **trainer) -> Settings:
+    options = {"history_uri": str(tmp_path / "history"), "epochs": 2, "min_events": 1000, **trainer}
+    return Settings(
+        kafka=kafka,
+        topics=topics,
+        store=StoreConfig(uri=str(tmp_path / "store")),
+        trainer=TrainerConfig(**options),
+        metrics=MetricsConfig(trainer_port=0),
+    )
+
+
+@pytest.fixture
+async def settings(tmp_path, kafka, topics) -> Settings:
+    await create_topics(kafka, topics)
+    return settings_of(tmp_path, kafka, topics)
+
+
+async def produce(settings: Settings, events: list[CanonicalEvent]) -> None:
+    producer = AIOKafkaProducer(bootstrap_servers=settings.kafka.bootstrap, acks="all")
+    await producer.start()
+    try:
+        for event in events:
+            partition = int(event.user[2:]) % PARTITIONS
+            await producer.send(
+                settings.topics.events, msgspec.json.encode(event), key=event.user.encode(), partition=partition
+            )
+    finally:
+        await producer.stop()
+
+
+async def announced(settings: Settings):
+    return await run._read_announcement(settings)
+
+
+def load(settings: Settings, version):
+    return artifact.load(settings.store.uri, settings.store.name, version, fold=settings.fold, size="cpu")
+
+
+@pytest.mark.broker
+async def test_the_first_round_publishes_a_model_that_loads_and_the_next_builds_on_it(settings):
+    await produce(settings, [*EVENTS])
+    (first,) = await run_trainer(settings, once=True)
+    assert first.outcome == "published" and first.kind == "major", first.reason
+    assert first.history_events == len(EVENTS)
+    assert first.log_loss < first.incumbent_log_loss
+    one = await announced(settings)
+    assert one.name == settings.store.name and one.fallbacks == []
+    model = load(settings, one)
+    assert model.version == first.version == f"{one.name}/{one.version}" and not model.degraded
+    assert model.config.platforms == ("shop", "till")
+
+    await produce(settings, make_canonical(260, days=4, seed=1, start_ms=EVENTS[-1].ts))
+    (second,) = await run_trainer(settings, once=True)
+    assert second.kind == "minor" and second.history_events > first.history_events
+    assert second.incumbent is not None and second.incumbent_log_loss < 0.65  # the first model, no longer the prior
+    two = await announced(settings)
+    if second.outcome == "published":
+        assert [f.version for f in two.fallbacks] == [one.version]
+        assert load(settings, two).recurrence_id == model.recurrence_id
+    else:
+        assert second.outcome == "not_better" and two == one
+
+
+@pytest.mark.broker
+async def test_a_better_minor_model_is_published_with_the_earlier_ones_to_fall_back_to(settings, monkeypatch):
+    await produce(settings, EVENTS)
+    real = run._decide
+
+    def always(trained, candidate, incumbent, n):
+        return real(trained, candidate, incumbent, n)._replace(outcome="published")
+
+    monkeypatch.setattr(run, "_decide", always)
+    kinds, versions = [], []
+    settings = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"major_every": 3})})
+    for _ in range(5):
+        (result,) = await run_trainer(settings, once=True)
+        kinds.append(result.kind)
+        versions.append((await announced(settings)).version)
+    assert kinds == ["major", "minor", "minor", "major", "minor"]
+    last = await announced(settings)
+    assert [f.version for f in last.fallbacks] == versions[-2:-5:-1]
+    assert all(load(settings, fallback) for fallback in last.fallbacks)
+
+
+@pytest.mark.broker
+async def test_a_version_that_was_stored_but_not_announced_is_announced_at_the_next_start(settings, monkeypatch):
+    await produce(settings, EVENTS)
+    announce = run._announce
+
+    async def crash(*_):
+        raise OSError("power")
+
+    monkeypatch.setattr(run, "_announce", crash)
+    (first,) = await run_trainer(settings, once=True)
+    assert first.outcome == "failed" and "power" in first.reason and await announced(settings) is None
+    monkeypatch.setattr(run, "_announce", announce)
+    (second,) = await run_trainer(settings, once=True)
+    found = await announced(settings)
+    versions = {found.version, *(f.version for f in found.fallbacks)}
+    assert min(m.version for m in artifact.list_versions(settings.store.uri, settings.store.name)) in versions
+    assert second.kind == "minor"
+
+
+@pytest.mark.broker
+async def test_an_incumbent_that_cannot_be_loaded_does_not_stop_the_trainer(settings, tmp_path):
+    await produce(settings, EVENTS)
+    await run_trainer(settings, once=True)
+    one = await announced(settings)
+    (weights,) = (tmp_path / "store").rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (second,) = await run_trainer(settings, once=True)
+    two = await announced(settings)
+    assert second.outcome == "published" and second.kind == "major" and two.version > one.version
+    assert load(settings, two).version == second.version
+
+
+@pytest.mark.broker
+async def test_too_few_events_make_no_model(settings):
+    (result,) = await run_trainer(settings, once=True)
+    assert result.outcome == "too_few" and result.history_events == 0
+    await produce(settings, EVENTS[:300])
+    (result,) = await run_trainer(settings, once=True)
+    assert result.outcome == "too_few" and result.history_events == 300
+    assert await announced(settings) is None
+    assert artifact.list_versions(settings.store.uri, settings.store.name) == []
+
+
+@pytest.mark.broker
+async def test_it_runs_until_it_is_told_to_stop_and_serves_its_metrics(settings):
+    await produce(settings, EVENTS)
+    settings = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"interval_s": 0.2})})
+    served = []
+
+    class Spy(run._Metrics):
+        def __init__(self, config):
+            super().__init__(config)
+            served.append(self)
+
+    stop = asyncio.Event()
+    real, run._Metrics = run._Metrics, Spy
+    try:
+        task = asyncio.create_task(run_trainer(settings, stop=stop))
+        text = ""
+        while 'rounds_total{outcome="published"} 1.0' not in text:
+            await asyncio.sleep(0.3)
+            assert not task.done(), task.result()
+            if served:
+                text = await asyncio.to_thread(read_metrics, served[0])
+    finally:
+        run._Metrics = real
+    assert f"crosscurrent_trainer_history_events {float(len(EVENTS))}" in text
+    assert 'crosscurrent_trainer_published_info{kind="major"' in text
+    assert 'crosscurrent_trainer_auc{head="return",model="candidate",platform="shop"}' in text
+    stop.set()
+    results = await asyncio.wait_for(task, 60)
+    assert results[0].outcome == "published"
+    with pytest.raises(OSError):
+        read_metrics(served[0])
+
+
+def read_metrics(metrics) -> str:
+    port = metrics._server.server_port
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        return response.read().decode()
+
+
+@pytest.mark.broker
+async def test_sigterm_stops_it_in_the_middle_of_a_round(settings):
+    await produce(settings, EVENTS)
+    slow = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"epochs": 1000})})
+    task = asyncio.create_task(run_trainer(slow))
+    await asyncio.sleep(3)
+    assert not task.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    (result,) = await asyncio.wait_for(task, 30)
+    assert result.outcome == "stopped" and await announced(settings) is None
+    assert len(HistoryStore(settings.trainer.history_uri).read()) == len(EVENTS)  # what was pulled is kept
+
+
+async def test_a_broker_that_is_not_there_fails_the_round_and_not_the_program(tmp_path, topics):
+    nobody = KafkaConfig(bootstrap="127.0.0.1:1", request_timeout_s=2)
+    (result,) = await run_trainer(settings_of(tmp_path, nobody, topics), once=True)
+    assert result.outcome == "failed" and "cannot be reached" in result.reason
+
+
+# ── the gate ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def report(loss: float, hit_rate: float = 0.5, n: int = 500, finite: bool = True) -> Report:
+    cell = Cell(n, 0.3, loss, 0.7)
+    return Report({("shop", "click"): cell}, {"shop": CategoryCell(500, 2.0, hit_rate)}, finite, {})
+
+
+@pytest.mark.parametrize(
+    ("candidate", "incumbent", "outcome"),
+    [
+        (report(0.5), report(0.6), "published"),
+        (report(0.6), report(0.6), "not_better"),
+        (report(float("nan")), report(0.6), "not_better"),
+        (report(0.5, finite=False), report(0.6), "not_finite"),
+        (report(0.5, hit_rate=0.4), report(0.6), "not_better"),
+        (report(0.5, hit_rate=0.49), report(0.6), "published"),
+        (report(0.5, n=50), report(0.6, n=50), "too_few"),
+        (report(0.5), report(0.6)._replace(categories={}), "published"),
+    ],
+)
+def test_the_gate(candidate, incumbent, outcome):
+    result = run._decide(Trained(None, "major", 1, 0.0), candidate, incumbent, 10)
+    assert result.outcome == outcome and result.reason
