@@ -167,7 +167,7 @@ class Platform:
         if user is None:
             raise EventRefused("missing", "user: absent or null")
         at = self.time.get(event)
-        if at is None:
+        if at is None or at == "":
             raise EventRefused("missing", "time: absent or null")
         ts = self._read_time(at)
         if ts > now_ms + future_tolerance_ms:
@@ -324,7 +324,7 @@ def _number_reader(get: Get | None, field: str, most: float) -> Callable[[dict, 
     def read(event: dict, is_cancel: bool) -> float | None:
         value = get(event)
         if type(value) is not float:
-            if value is None:
+            if value is None or value == "":
                 return None
             value = to_number(value, field)
         if 0.0 <= value <= most:

@@ -21,7 +21,7 @@ MAX_TS_MS = 253402300799999
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _SEEN_TIMES = 4096
-_NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{0,20})?")
+_NUMBER = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{0,30})?")
 
 # unit → (units in a ms, ms in a unit)
 _UNITS = {"s": (0, 1000), "ms": (1, 1), "us": (1000, 0), "ns": (1_000_000, 0)}
