@@ -76,22 +76,16 @@ fold_with_views = _compile_fold_with_views(
 
 
 @njit(cache=True, nogil=True)
-def _advance(rows, slots, folded_N, fresh_N, version, a_NH, b_NH, h_NH):
-    """Step 4. → number of events whose row's `h` belongs to another recurrence (they are left as they are)."""
-    stale = 0
+def _advance(rows, slots, folded_N, fresh_N, a_NH, b_NH, h_NH):
+    """Step 4."""
     for i in range(len(h_NH)):
-        row = rows[slots[i]]
-        if row["h_version"] != version:
-            stale += 1
-            continue
-        h = row["h"]
+        h = rows[slots[i]]["h"]
         if fresh_N[i]:
             h[:] = 0.0
         if folded_N[i]:
             for j in range(len(h)):
                 h[j] = a_NH[i, j] * h[j] + b_NH[i, j]
         h_NH[i, :] = h
-    return stale
 
 
 def identity_calibration(n_platforms: int) -> np.ndarray:
@@ -258,14 +252,14 @@ class Scorer:
 
     def _infer(self, rows, slots, events, features_NF, dt_s_N, status_N) -> tuple[np.ndarray, np.ndarray]:
         """Steps 3 to 5. → logits (N, 3), gate logits (N, 7)."""
-        columns = self._columns(events, features_NF, dt_s_N)
-        x_NF, e_NE, a_NH, b_NH = self._student.encode(columns)
-        h_NH = np.zeros(a_NH.shape, np.float32)
-        a_NH, b_NH = a_NH.cpu().numpy(), b_NH.cpu().numpy()
-        fresh_N = starts_afresh(features_NF, status_N)
-        stale = _advance(rows, slots, status_N == FOLDED, fresh_N, self._recurrence_id, a_NH, b_NH, h_NH)
+        stale = np.count_nonzero(rows["h_version"][slots] != self._recurrence_id)
         if stale:
             raise ValueError(f"h at {stale} events belongs to another recurrence; call prepare() before the fold")
+        columns = self._columns(events, features_NF, dt_s_N)
+        x_NF, e_NE, a_NH, b_NH = self._student.encode(columns)
+        h_NH = np.empty(a_NH.shape, np.float32)
+        fresh_N = starts_afresh(features_NF, status_N)
+        _advance(rows, slots, status_N == FOLDED, fresh_N, a_NH.cpu().numpy(), b_NH.cpu().numpy(), h_NH)
         h_NH = torch.from_numpy(h_NH).to(self.device)
         logits_N3, gates_NG = self._student.heads(h_NH, x_NF, e_NE, columns.platform_N)
         return logits_N3.cpu().numpy(), gates_NG.cpu().numpy()

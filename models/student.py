@@ -5,7 +5,7 @@
     g, c = sigmoid, linear of W_r e
     a = g · exp(−Δt / τ)                  half the units have no τ
     h ← a ⊙ h + (1 − g) ⊙ c               the only step that is sequential
-    f = silu(W_f [h, e]);  logits = W_p f + S_p x;  gates = G_p f      heads of the event's platform
+    f = silu(W_f [h, e]);  logits, gates = W_p [f, x]       heads of the event's platform, linear in x
 
 Shapes: N events, F features, H hidden units, E width of the embedding, P platforms (axis of length P + 1: index 0 is
 the shared row, used for platforms that the model does not know).
@@ -105,8 +105,7 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
             self.n_inputs * self.width
             + self.width * 2 * self.hidden
             + (self.hidden + self.width) * self.head_width
-            + self.head_width * (N_LOGITS + N_GATES)
-            + self.n_features * N_LOGITS
+            + (self.head_width + self.n_features) * (N_LOGITS + N_GATES)
         )
         return 2 * products
 
@@ -241,9 +240,8 @@ class Student(nn.Module):
         self.register_buffer("decays_H", (torch.arange(hidden) % 2).float(), persistent=False)
         self.trunk = nn.Linear(hidden + config.width, config.head_width)
         # Row 0 is shared; a platform's head is the shared one plus its own row.
-        self.head_weight_POK = nn.Parameter(torch.zeros(rows, N_LOGITS + N_GATES, config.head_width))
+        self.head_weight_POK = nn.Parameter(torch.zeros(rows, N_LOGITS + N_GATES, config.head_width + features))
         self.head_bias_PO = nn.Parameter(torch.zeros(rows, N_LOGITS + N_GATES))
-        self.skip_weight_POF = nn.Parameter(torch.zeros(rows, N_LOGITS, features))
         self.dropout = nn.Dropout(dropout)
         self._initialise(hidden)
 
@@ -254,7 +252,7 @@ class Student(nn.Module):
         # Gate biases from short to long memory, spread so that each half of the units has all of them.
         order = torch.argsort((torch.arange(hidden) * 0.6180339887) % 1.0)
         self.recur.bias[:hidden] = torch.linspace(0.5, 5.5, hidden)[order]
-        nn.init.normal_(self.head_weight_POK[0], std=0.02)
+        nn.init.normal_(self.head_weight_POK[0, :, : self.config.head_width], std=0.02)
 
     @torch.no_grad()
     def fit_normalisation(self, features_NF: np.ndarray, platform_N: np.ndarray, least: int = 256) -> None:
@@ -286,24 +284,30 @@ class Student(nn.Module):
         gate_NH, candidate_NH = self.recur(e_NE).chunk(2, dim=1)
         gate_NH = torch.sigmoid(gate_NH)
         rate_H = torch.exp(-self.log_tau_H) * self.decays_H
-        a_NH = gate_NH * torch.exp(-dt_s_N[:, None] * rate_H)
+        # Beyond e^−60 nothing is left; further down are subnormal numbers, which take ten times as long.
+        a_NH = gate_NH * torch.exp((-dt_s_N[:, None] * rate_H).clamp_min(-60.0))
         return Encoded(x_NF, e_NE, a_NH, (1.0 - gate_NH) * candidate_NH)
 
     def heads(self, h_NH: Tensor, x_NF: Tensor, e_NE: Tensor, platform_N: Tensor) -> tuple[Tensor, Tensor]:
         """→ logits (N, 3) in the order of BINARY_HEADS, gate logits (N, 7) in the order of COMPONENTS."""
         f_NK = functional.silu(self.trunk(self.dropout(torch.cat([h_NH, e_NE], dim=1))))
-        out_NO = f_NK.new_empty(len(f_NK), N_LOGITS + N_GATES)
-        # A product for each platform that occurs, so that the work does not grow with the platforms known.
-        for index in torch.unique(platform_N).tolist():
-            at_M = torch.nonzero(platform_N == index).squeeze(1)
-            out_MO = functional.linear(f_NK[at_M], self._of(self.head_weight_POK, index), self._of(self.head_bias_PO, index))
-            skip_M3 = functional.linear(x_NF[at_M], self._of(self.skip_weight_POF, index))
-            out_NO = out_NO.index_copy(0, at_M, out_MO + functional.pad(skip_M3, (0, N_GATES)))
+        z_NK = torch.cat([f_NK, x_NF], dim=1)
+        # Sorted by platform, a product for each that occurs: the work does not grow with the platforms known.
+        counts = torch.bincount(platform_N, minlength=len(self.head_bias_PO)).tolist()
+        if max(counts) == len(z_NK):
+            out_NO = self._head(z_NK, counts.index(max(counts)))
+        else:
+            order_N = torch.argsort(platform_N, stable=True)
+            parts = enumerate(z_NK[order_N].split(counts))
+            out_NO = torch.cat([self._head(part_MK, index) for index, part_MK in parts if len(part_MK)])
+            out_NO = out_NO[torch.argsort(order_N)]
         return out_NO[:, :N_LOGITS], out_NO[:, N_LOGITS:]
 
-    @staticmethod
-    def _of(rows: Tensor, index: int) -> Tensor:
-        return rows[0] + rows[index] if index else rows[0]
+    def _head(self, z_MK: Tensor, index: int) -> Tensor:
+        weight_OK, bias_O = self.head_weight_POK[0], self.head_bias_PO[0]
+        if index:
+            weight_OK, bias_O = weight_OK + self.head_weight_POK[index], bias_O + self.head_bias_PO[index]
+        return functional.linear(z_MK, weight_OK, bias_O)
 
     def forward_sequences(self, columns: Columns, starts_N: Tensor) -> tuple[Tensor, Tensor]:
         """For training: ragged sequences one after another, each in order; `starts_N` (bool) marks first events, before

@@ -29,7 +29,7 @@ def make_student(size: str = "cpu", seed: int = 0) -> Student:
     torch.manual_seed(seed)
     student = Student(make_config(size)).eval()
     with torch.no_grad():
-        for parameter in (student.head_weight_POK, student.head_bias_PO, student.skip_weight_POF):
+        for parameter in (student.head_weight_POK, student.head_bias_PO):
             parameter.normal_(std=0.15)
         for table in (student.item, student.category, student.platform):
             table.weight.normal_(std=0.5)
