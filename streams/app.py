@@ -338,12 +338,16 @@ class Worker:
             high = consumer.highwater(tp)
             if high is None:
                 continue
-            lag = max(0, high - (self.committer.position(tp) or 0))
+            lag = max(0, high - self._next_offset(consumer, tp))
             self.metrics.lag_events.labels(tp.topic, str(tp.partition)).set(lag)
             if lag and self.ingest is not None and tp.topic != self.settings.topics.events:
                 behind.add(tp)
         if self.ingest is not None:
             self._apply_hold_back(consumer, self.hold_back.held(self.ingest.latest_ts, behind))
+
+    def _next_offset(self, consumer: Any, tp: TP) -> int:
+        position = self.committer.position(tp)
+        return position if position is not None else (consumer._committed_offset[tp] or 0)
 
     def _apply_hold_back(self, consumer: Any, held: set[TP]) -> None:
         if freed := self._held - held:

@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,7 @@ class Observer:
         self._latencies_ms: deque[tuple[float, int]] = deque(maxlen=200_000)
         self.live_latencies_ms: list[int] = []
         self.live = False
+        """The past is worked off: less than a second of events is open. Latencies count from here."""
         self.scored = 0
         self.duplicates = 0
         self.refused = Counter()
@@ -522,7 +524,7 @@ class Demo:
             while time.monotonic() < until_s and not self._interrupted.is_set():
                 await asyncio.sleep(0.5)
                 self._check_alive(observing, feeding)
-                self.observer.live = self.feeder.live
+                self.observer.live |= self.feeder.live and self._open() < LIVE_EVENTS_PER_S
                 now_s = time.monotonic()
                 rate = 0.5 * rate + 0.5 * (self.observer.scored - last[1]) / (now_s - last[0])
                 last = (now_s, self.observer.scored)
@@ -625,13 +627,17 @@ def run_demo(settings: Settings, seconds: float | None, json_output: bool, data:
     console = Console(stderr=json_output)
     now_ms = int(time.time() * 1000)
     source = data_source(data, now_ms) if data is not None else simulated_source(now_ms)
-    with tempfile.TemporaryDirectory(prefix="crosscurrent-demo-") as name, EmbeddedBroker() as broker:
-        folder = Path(name)
+    folder = Path(tempfile.mkdtemp(prefix="crosscurrent-demo-"))
+    with EmbeddedBroker() as broker:
         platforms = tuple(platform.name for platform in source.platforms)
         settings = demo_settings(settings, broker.bootstrap, folder, platforms)
         write_toml(settings, folder / "crosscurrent.toml")
         demo = Demo(settings, source, folder, label, console)
         result = asyncio.run(demo.run(seconds))
+    if result["lost"] == 0:
+        shutil.rmtree(folder)
+    else:
+        log.error("demo.events_lost", lost=result["lost"], logs=str(folder))
     if json_output:
         print(json.dumps(result), flush=True)
     else:

@@ -126,19 +126,21 @@ class IngestStage:
 class HoldBack:
     """Which source partitions run too far ahead of their platform.
 
-    Where a platform has several topics (or partitions), one that is more than the lateness ahead of the slowest that
-    still has something to read is held, so that a backfill of one topic does not make the events of another too late.
+    Where a platform has several topics, a partition that is more than the lateness ahead of the slowest that still has
+    something to read is held, so that a backfill of one topic does not make the same users' events of another too late.
     """
 
     def __init__(self, platforms: list[Platform], lateness_s: float) -> None:
-        self._platform = {topic: platform.name for platform in platforms for topic in platform.topics}
+        several = [platform for platform in platforms if len(platform.topics) > 1]
+        self._platform = {topic: platform.name for platform in several for topic in platform.topics}
         self._lateness_ms = int(lateness_s * 1000)
 
     def held(self, latest_ts: dict[TP, int], behind: set[TP]) -> set[TP]:
         """`latest_ts`: greatest event time by partition; `behind`: partitions with unread records. → those to hold."""
         by_platform = defaultdict(list)
         for tp in behind:
-            by_platform[self._platform[tp.topic]].append(tp)
+            if tp.topic in self._platform:
+                by_platform[self._platform[tp.topic]].append(tp)
         out = set()
         for tps in by_platform.values():
             slowest = min(latest_ts.get(tp, 0) for tp in tps)
