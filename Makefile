@@ -6,13 +6,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 PORT   ?= 9092
+BENCH  ?= throughput
 ARGS   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit kafka kafka-stop test-kafka bench lint build clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "%-12s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk '{ name = $$1; sub(/^[^ ]* */, ""); printf "%-12s %s\n", substr(name, 1, length(name) - 1), $$0 }'
 
 setup: $(STAMP)  ## .venv with everything in it, kernels compiled; nothing to do when pyproject.toml is unchanged
 
@@ -42,8 +43,8 @@ kafka-stop: setup  ## end it; its records go with it
 test-kafka: setup  ## the tests with a broker, on Apache Kafka of their own
 	$(BIN)/python -m pytest -m broker --broker=kafka $(ARGS)
 
-bench: setup  ## benchmarks; ARGS names one: ARGS="throughput --seconds 20"
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: setup  ## a benchmark: BENCH=throughput ARGS="..."
+	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

@@ -95,6 +95,7 @@ def test_commands_that_only_read_say_so_too(capsys):
         assert "no Kafka broker answers" in capsys.readouterr().err
 
 
+@pytest.mark.broker
 def test_broker_runs_until_it_is_told_to_stop():
     port = free_port()
     with subprocess.Popen(command("broker", "--port", str(port)), stdout=subprocess.PIPE, text=True) as process:
@@ -104,6 +105,7 @@ def test_broker_runs_until_it_is_told_to_stop():
         assert process.wait(10) == 0
 
 
+@pytest.mark.broker
 def test_broker_that_dies_is_said():
     with subprocess.Popen(
         command("broker", "--port", str(free_port())), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
