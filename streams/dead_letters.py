@@ -143,7 +143,13 @@ async def replay(kafka: KafkaConfig, topic: str, limit: int | None = None, reaso
     read by this call, which stops at the end that the topic had when it began.
     """
     sent, too_large, unreadable = 0, [], []
-    producer = AIOKafkaProducer(acks="all", enable_idempotence=kafka.idempotence, linger_ms=5, max_request_size=_MAX_REQUEST_BYTES, **client_options(kafka))
+    producer = AIOKafkaProducer(
+        acks="all",
+        enable_idempotence=kafka.idempotence,
+        linger_ms=5,
+        max_request_size=_MAX_REQUEST_BYTES,
+        **client_options(kafka),
+    )
     await producer.start()
     try:
         in_flight: list[asyncio.Future] = []

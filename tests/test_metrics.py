@@ -65,9 +65,7 @@ def test_only_one_model_is_shown():
     metrics = Metrics()
     metrics.set_model("prior", 0, degraded=True)
     metrics.set_model("student/000001", 5000, degraded=False)
-    shown = [
-        s.labels["model"] for m in metrics.registry.collect() if m.name == "crosscurrent_model_info" for s in m.samples
-    ]
+    shown = [s.labels["model"] for m in metrics.registry.collect() if m.name == "crosscurrent_model_info" for s in m.samples]
     assert shown == ["student/000001"]
     assert metrics.registry.get_sample_value("crosscurrent_degraded") == 0
 
