@@ -7,8 +7,8 @@ true probability of every label, given everything that the simulator knows at th
 The model of behaviour
 ----------------------
 A shopper is one person with accounts on one to three platforms, one session at a time. Behaviour runs on *operational*
-time: ticks of two minutes, 720 a day, at most one moment (an act; at the grocer an invoice of several lines) in a tick. It
-is a Markov chain of ticks. Written once, with all that it depends on:
+time: ticks of two minutes, 720 a day, at most one moment in a tick: at a shop an act and the impressions beside it, at the
+grocer an invoice and its lines, all at one instant. It is a Markov chain of ticks, with all that it depends on:
 
     classes      a  activity, b  buyer, k  the accounts and how the sessions spread over them (π_k): fixed for life
     engagement   e ∈ {lapsing, steady, keen}    need  m ∈ {browse, consider, ready}: the latent state, it evolves
@@ -17,9 +17,9 @@ is a Markov chain of ticks. Written once, with all that it depends on:
                  otherwise               (e, m) → (e', m') ~ T_b      (a keen one cools, a need arises or passes)
     moment       m' ~ M_bp[m, ·]         it is a purchase with probability BUY_bp[m'],
                  and if it was           m'' ~ AFTER_p[m', ·],  e' = e + 1 (at most keen) with probability UPLIFT_p
-                 what is shown (view, click, favourite, cart) depends on m' alone, and so reveals a part of it
-    afterwards   with probability        c = σ(α_p + β_m + γ_e)   another moment in the next tick,
-                 otherwise the session ends: e' = e − 1 (at least lapsing) with probability CLOYS, 28 silent ticks, idle.
+                 what is shown reveals a part: the kind of act depends on m', the number of impressions or lines on e'
+    afterwards   with probability        c = σ(α_p + β_m + γ_e + ζ_b)  another moment in the next tick,
+                 otherwise the session ends: e' = e − 1 (at least lapsing) with probability δ_a, 28 silent ticks, idle.
 
 Ticks become clock time by one periodic, increasing map of the day onto itself (busy evenings, empty nights), shifted by
 up to four hours a shopper; a moment lies at a uniform place `j` in its tick. Because the map has the period of a day,
@@ -55,7 +55,7 @@ who sees only events can quite reach it.
 What this does not know: Kafka, a wall clock, canonical events, pseudonyms, models.
 One hour of the year is told wrongly, as tills do: the one that autumn repeats, in the grocer's local time.
 
-    python -m streams.simulator --bayes      base rates, calibration and the best AUC that there can be
+    python -m streams.simulator --bayes      base rates, mean truth and the best AUC that there can be
 """
 
 from __future__ import annotations
@@ -96,27 +96,28 @@ MIN_SPEED, MAX_SPEED = SPEED.min(), SPEED.max()
 LAPSING, STEADY, KEEN = range(3)
 BROWSE, CONSIDER, READY = range(3)
 
-SESSIONS_A_DAY = np.array([0.5, 0.75, 1.0, 1.3])  # by a
-ACTIVITY_SHARE = np.array([0.25, 0.35, 0.28, 0.12])
+SESSIONS_A_DAY = np.array([0.25, 0.5, 0.9, 1.2])  # by a
+ACTIVITY_SHARE = np.array([0.25, 0.3, 0.3, 0.15])
 BUYER_SHARE = np.array([0.35, 0.4, 0.25])  # b: rarely, now and then, often
-ENGAGED = np.array([0.03, 0.9, 2.2])  # by e
+ENGAGED = np.array([0.04, 0.7, 1.7])  # by e
 NEEDED = np.array([0.8, 1.3, 2.2])  # by m
-ENGAGEMENT_A_DAY = np.array([[0, 1 / 40, 1 / 11], [1 / 6, 0, 1 / 30], [0, 1 / 3, 0]])  # lapsing ones come back keen
-CLOYS = 0.45  # the chance that a session leaves a shopper one step less engaged
+ENGAGEMENT_A_DAY = np.array([[0, 1 / 40, 1 / 8], [1 / 3, 0, 1 / 30], [0, 1 / 3, 0]])  # the lapsed mostly come back keen
+CLOYS = np.array([0.95, 0.85, 0.55, 0.12])  # δ by a: the chance that a session leaves a shopper one step less engaged
 NEED_ARISES_A_DAY = np.array([0.08, 0.2, 0.4])  # by b
 NEED_PASSES_A_DAY = (0.7, 1.5)  # consider → browse, ready → consider
 
 NEED_STEPS = np.array(  # by b: from browse up, from consider up, down
     [[0.08, 0.10, 0.25], [0.14, 0.18, 0.18], [0.20, 0.26, 0.14]]
 )
-BUY = np.array([[0.0, 0.01, 0.14], [0.0, 0.02, 0.24], [0.01, 0.03, 0.34]])  # by b, m'; shops
+BUY = np.array([[0.0, 0.01, 0.17], [0.0, 0.02, 0.24], [0.01, 0.03, 0.31]])  # by b, m'; shops
 BUY_AT_GROCER = 0.95  # the rest are cancellations
 AFTER_PURCHASE = np.array([[1.0, 0.0, 0.0], [0.7, 0.25, 0.05], [0.55, 0.25, 0.20]])  # from m'; shops
 UPLIFT = (0.25, 0.25, 0.03)  # by p
 
-STAYS_PLATFORM = np.array([0.72, 0.58, -2.2])  # α
-STAYS_NEED = np.array([-0.85, 0.55, 1.25])  # β
-STAYS_ENGAGED = np.array([-0.5, 0.0, 0.4])  # γ
+STAYS_PLATFORM = np.array([0.6, 0.5, -2.4])  # α by p
+STAYS_NEED = np.array([-0.85, 0.55, 1.25])  # β by m
+STAYS_BUYER = np.array([-0.4, 0.0, 0.4])  # ζ by b
+STAYS_ENGAGED = np.array([-0.6, -0.1, 0.4])  # γ by e
 
 PROFILES = (  # the accounts of a shopper: share of shoppers, share of the sessions by platform
     (0.20, (1.0, 0.0, 0.0)),
@@ -131,13 +132,15 @@ PROFILE_SHARE = np.array([share for share, _ in PROFILES])
 SPREAD = np.array([spread for _, spread in PROFILES])  # (profile, platform): π
 
 VIEW, CLICK, FAVORITE, CART, PURCHASE, CANCEL, IMPRESSION = range(7)
-SHOWN = np.array([[0.80, 0.18, 0.02, 0.0], [0.50, 0.32, 0.12, 0.06], [0.26, 0.22, 0.10, 0.42]])  # by m', if no purchase
+SHOWN = np.array([[0.90, 0.09, 0.01, 0.0], [0.25, 0.50, 0.20, 0.05], [0.15, 0.20, 0.10, 0.55]])  # by m', if no purchase
 NEW_ITEM = np.array([0.75, 0.25, 0.1, 0.1, 0.05, 0.0])  # by kind: the item is another one than before
 STAYS_IN_CATEGORY = np.array([0.65, 0.85, 0.95])  # by m'
 FAVOURITES = np.array([0.38, 0.24, 0.16, 0.10, 0.07, 0.05])
 FAVOURITE_LASTS_DAYS, TASTE_LASTS_DAYS = 30.0, 75.0
-EXTRA_LINES, MOST_LINES = 7.0, 12  # of an invoice, beyond the first; in all
-SHOWN_BESIDE, MOST_SHOWN = 2.8, 6  # impressions on the page of a view or a click, at the same instant
+EXTRA_LINES = np.array([1.0, 4.0, 10.0])  # by e, of an invoice, beyond the first
+MOST_LINES = 14
+SHOWN_BESIDE = np.array([0.6, 2.1, 5.2])  # by e, impressions on the page of a view or a click, at the same instant
+MOST_SHOWN = 8
 SHOWN_ALIKE = 0.7  # of those: of the same category, the others of any favourite one
 
 N_A, N_B, N_EM = len(SESSIONS_A_DAY), len(BUYER_SHARE), 9
@@ -146,9 +149,9 @@ ITEMS_A_CATEGORY = 40
 
 @cache
 def stays() -> np.ndarray:
-    """c: (platform, e·3+m), the chance of another moment in the session."""
-    logit = STAYS_PLATFORM[:, None, None] + STAYS_ENGAGED[:, None] + STAYS_NEED
-    return (1.0 / (1.0 + np.exp(-logit))).reshape(3, N_EM)
+    """c: (b, p, e·3+m), the chance of another moment in the session."""
+    logit = STAYS_BUYER[:, None, None, None] + STAYS_PLATFORM[:, None, None] + STAYS_ENGAGED[:, None] + STAYS_NEED
+    return (1.0 / (1.0 + np.exp(-logit))).reshape(N_B, 3, N_EM)
 
 
 @cache
@@ -215,6 +218,12 @@ def _moment_operators() -> tuple[np.ndarray, np.ndarray]:
     return plain.reshape(N_B, 3, N_EM, N_EM), bought.reshape(N_B, 3, N_EM, N_EM)
 
 
+def _after_session(u: np.ndarray) -> np.ndarray:
+    """U (…, e·3+m, a) → its mean over what a session's end does to e."""
+    lower = np.concatenate([u[..., :3, :], u[..., :6, :]], axis=-2)
+    return u + CLOYS * (lower - u)
+
+
 @cache
 def survival(what: Literal["purchase", "return"], ticks: int) -> np.ndarray:
     """S at n = ticks − 1 and n = ticks: (2, viewpoint, a, b, p, e·3+m), the chance of n ticks without `what`."""
@@ -229,9 +238,8 @@ def survival(what: Literal["purchase", "return"], ticks: int) -> np.ndarray:
         moment_VBP = np.broadcast_to(plain + bought, (V, *plain.shape))
         spread_first_VP = spread_VP * ~counts_VP
     moment_VBP = np.ascontiguousarray(moment_VBP)  # (V, B, P, from, to)
-    c = stays()[:, :, None]  # (P, EM, 1)
+    c = stays()[:, :, :, None]  # (B, P, EM, 1)
     h = starts().T  # (EM, A)
-    end = np.kron(np.array([[1, 0, 0], [CLOYS, 1 - CLOYS, 0], [0, CLOYS, 1 - CLOYS]]), np.eye(3))  # (EM, EM)
     mixed = spread_first_VP[:, None, :, None, None]
     drift_B = drifts()
     s = np.ones((V, N_B, 3, N_EM, N_A))
@@ -244,7 +252,7 @@ def survival(what: Literal["purchase", "return"], ticks: int) -> np.ndarray:
         u = h * first + (1.0 - h) * (drift_B @ idle[-1])
         idle.append(u)
         del idle[0]
-        before, s = s, c * after_moment + (1.0 - c) * (end @ idle[0])[:, :, None]
+        before, s = s, c * after_moment + (1.0 - c) * _after_session(idle[0])[:, :, None]
     return np.stack([before, s]).transpose(0, 1, 5, 2, 3, 4)
 
 
@@ -438,7 +446,7 @@ class Shoppers:
         self.buyer = rng.choice(N_B, n, p=BUYER_SHARE)
         self.profile = rng.choice(len(PROFILES), n, p=PROFILE_SHARE)
         self.phase_ticks = rng.uniform(0.0, 4.0 / 24.0 * TICKS_A_DAY, n)
-        self._e_m = rng.choice(3, n, p=(0.73, 0.19, 0.08)) * 3 + rng.choice(3, n, p=(0.79, 0.2, 0.01))
+        self._e_m = rng.choice(3, n, p=(0.69, 0.2, 0.11)) * 3 + rng.choice(3, n, p=(0.79, 0.2, 0.01))
         self._tick = np.full(n, -WARM_UP_TICKS)  # in a session: of its last moment; idle: the first undecided tick
         self._platform = np.full(n, -1)  # of the session; −1 idle
         self._session = np.zeros(n, np.int64)
@@ -478,11 +486,13 @@ class Shoppers:
 
     def _stay(self, who: np.ndarray) -> np.ndarray:
         """Shoppers in a session → those that act again; the others fall silent."""
-        stay = self._rng.random(len(who)) < stays()[self._platform[who], self._e_m[who]]
+        stay = self._rng.random(len(who)) < stays()[self.buyer[who], self._platform[who], self._e_m[who]]
         self._tick[who] += np.where(stay, 1, 1 + SILENT_TICKS)
         ends = who[~stay]
         self._platform[ends] = -1
-        self._e_m[ends] -= np.where((self._e_m[ends] >= 3) & (self._rng.random(len(ends)) < CLOYS), 3, 0)
+        self._e_m[ends] -= np.where(
+            (self._e_m[ends] >= 3) & (self._rng.random(len(ends)) < CLOYS[self.activity[ends]]), 3, 0
+        )
         return who[stay]
 
     def _begin(self, who: np.ndarray) -> None:
@@ -515,8 +525,8 @@ class Shoppers:
         e = np.minimum(e + (bought & (rng.random(n) < _UPLIFT[platform])), KEEN)
         self._e_m[who] = e * 3 + m
 
-        lines = np.where(kind == PURCHASE, np.minimum(rng.poisson(EXTRA_LINES, n), MOST_LINES - 1), 0)
-        shown = np.where(kind <= CLICK, np.minimum(rng.poisson(SHOWN_BESIDE, n), MOST_SHOWN), 0)
+        lines = np.where(kind == PURCHASE, np.minimum(rng.poisson(EXTRA_LINES[e], n), MOST_LINES - 1), 0)
+        shown = np.where(kind <= CLICK, np.minimum(rng.poisson(SHOWN_BESIDE[e], n), MOST_SHOWN), 0)
         extra = np.where(platform == GROCER, lines, shown)
         first = np.concatenate([np.arange(n), np.repeat(np.arange(n), extra)])
         line = np.concatenate([np.ones(n, np.int64), _counts_up(extra) + 2])
@@ -757,7 +767,7 @@ class Simulator:
         seen = np.where(self.linked[who], ALL, platform)
         cell = VIEWPOINT[shoppers.profile[who], seen], shoppers.activity[who], shoppers.buyer[who], platform, events.e_m
         out = np.empty((len(who), 3))
-        out[:, 0] = stays()[platform, events.e_m]
+        out[:, 0] = stays()[shoppers.buyer[who], platform, events.e_m]
         for column, what, ticks in ((1, "purchase", PURCHASE_TICKS), (2, "return", RETURN_TICKS)):
             shorter, longer = survival(what, ticks)
             out[:, column] = 1.0 - (1.0 - events.place) * shorter[cell] - events.place * longer[cell]
@@ -905,14 +915,14 @@ def bayes(config: SimulatorConfig, days: int) -> list[Known]:
     return out
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """`python -m streams.simulator --bayes`."""
     parser = argparse.ArgumentParser(description="How well the simulator's shoppers can be known at best.")
     parser.add_argument("--bayes", action="store_true", required=True, help="base rates, mean truth and best AUC")
     parser.add_argument("--shoppers", type=int, default=SimulatorConfig().n_shoppers)
     parser.add_argument("--days", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     config = SimulatorConfig(n_shoppers=options.shoppers, seed=options.seed)
     print(f"{'platform':<12}{'head':<10}{'events':>9}{'base rate':>11}{'mean truth':>12}{'best AUC':>10}")
     for known in bayes(config, options.days):
