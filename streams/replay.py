@@ -175,15 +175,16 @@ def _times_as_text(table: pa.Table) -> pa.Table:
     """Columns of instants → ISO 8601, without a fraction where none has one; with Z where the column has a zone."""
     for i, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type):
-            column = table.column(i)
-            whole = pc.floor_temporal(column, unit="second")
-            unit = "s" if pc.all(pc.equal(column, whole)).as_py() in (True, None) else "us"
-            column = column.cast(pa.timestamp(unit, field.type.tz), safe=False)
-            if field.type.tz:
-                column = column.cast(pa.timestamp(unit, "UTC"))
-            text = pc.strftime(column, format="%Y-%m-%dT%H:%M:%SZ" if field.type.tz else "%Y-%m-%dT%H:%M:%S")
+            coded = table.column(i).combine_chunks().dictionary_encode()  # writing one instant costs more than finding it
+            text = pa.DictionaryArray.from_arrays(coded.indices, _iso(coded.dictionary))
             table = table.set_column(i, field.name, text)
     return table
+
+
+def _iso(at: pa.TimestampArray) -> pa.StringArray:
+    whole = pc.all(pc.equal(at, pc.floor_temporal(at, unit="second"))).as_py() in (True, None)
+    unit, zone = "s" if whole else "us", "UTC" if at.type.tz else None
+    return pc.strftime(at.cast(pa.timestamp(unit, zone), safe=False), format=f"%Y-%m-%dT%H:%M:%S{'Z' if zone else ''}")
 
 
 def _read_join(directory: Path, join: Join) -> pa.Table:
@@ -239,7 +240,7 @@ def _user(platform: Platform, event: dict) -> str:
 
 
 def _user_hash(platform: Platform, event: dict) -> int:
-    return xxhash.xxh3_64_intdigest(_user(platform, event))
+    return xxhash.xxh3_64_intdigest(_user(platform, event).encode())
 
 
 def _by_row(table: pa.Table, columns: Iterable[str], function: Callable[[dict], int | None], absent: int) -> np.ndarray:
@@ -259,10 +260,11 @@ def _by_row(table: pa.Table, columns: Iterable[str], function: Callable[[dict], 
 def _by_distinct_value(table: pa.Table, function: Callable[[dict], int | None], absent: int) -> np.ndarray:
     """`_by_row` of a single column: a value is looked at once, however many rows have it."""
     (name,) = table.column_names
-    coded = table.column(0).combine_chunks().dictionary_encode(null_encoding="encode")
-    values = (function({name: value}) for value in coded.dictionary.to_pylist())
-    distinct = np.fromiter((absent if v is None else v for v in values), np.int64, len(coded.dictionary))
-    return distinct[coded.indices.to_numpy(zero_copy_only=False)]
+    column = table.column(0).combine_chunks()
+    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    values = [function({name: value}) for value in [*coded.dictionary.to_pylist(), None]]
+    distinct = np.array([absent if value is None else value for value in values], np.int64)
+    return distinct[coded.indices.fill_null(len(coded.dictionary)).to_numpy(zero_copy_only=False)]
 
 
 def _shift(event: dict, platform: Platform, shift_ms: int) -> bool:

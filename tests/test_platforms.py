@@ -162,7 +162,7 @@ def platforms_with_events(draw: st.DrawFn) -> tuple[str, dict, dict]:
     return "\n".join(lines), event, expected
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(made=platforms_with_events())
 def test_any_platform_round_trips_through_its_file(tmp_path_factory: pytest.TempPathFactory, made: tuple) -> None:
     text, event, expected = made
