@@ -59,30 +59,33 @@ def feature(features, name):
 
 
 # Steps in ms between an event and the user's one before: around every limit of the rules, and backwards.
+# A product, because Hypothesis favours the small integers of a wide range.
+units_ms = st.sampled_from([1, SECOND, MINUTE, HOUR, DAY])
+limits_ms = st.sampled_from([0, 30 * MINUTE, 30 * MINUTE + 1, 7 * DAY, 7 * DAY + 1, DAY + 1, 180 * DAY, 180 * DAY + 1])
 steps_ms = st.one_of(
-    st.sampled_from([0, 0, 1, 999, SECOND, 30 * MINUTE, 30 * MINUTE + 1, 7 * DAY, 7 * DAY + 1, 180 * DAY, 180 * DAY + 1]),
-    st.integers(0, 2 * HOUR),
-    st.integers(0, 40 * DAY),
-    st.integers(-3 * HOUR, 0),
-    st.integers(-20 * DAY, 0),
+    limits_ms,
+    st.tuples(units_ms, st.integers(0, 40)).map(math.prod),
+    st.tuples(units_ms, st.integers(-20, 0)).map(math.prod),
 )
+gaps_ms = st.tuples(units_ms, st.integers(0, 90)).map(math.prod)
 quantities = st.one_of(st.floats(width=32), st.integers(1, 9).map(float))
 drawn_events = st.tuples(
-    st.integers(0, 2),  # user
+    st.sampled_from([0, 0, 0, 0, 1, 2]),  # user: one with enough events to fill the ring
     steps_ms,
-    st.one_of(st.none(), st.none(), st.none(), st.integers(0, 50)),  # id; None: a new one
+    st.one_of(st.none(), st.none(), st.none(), st.integers(0, 30)),  # id; None: a new one
     st.integers(0, 4),  # item
     st.integers(0, 12),  # category: more than the mixes have room for
     quantities,
     st.sampled_from([7, 8]),  # platform
     st.sampled_from([0, 1, 2, 3, 4, 4, 5, 5, 6]),  # kind
     st.sampled_from([0, 1, 90, 255]),  # price
-    st.integers(-3, 3),  # step of the offset
+    st.sampled_from([1] * 12 + [-1, -3]),  # step of the offset
 )
+# Left to itself, Hypothesis draws lists of about five, which fill no ring.
+drawn_streams = st.integers(1, 90).flatmap(lambda n: st.lists(drawn_events, min_size=n, max_size=n))
 never_idle = fold_params(FoldConfig(idle_ttl_s=math.inf))
-some_params = st.sampled_from(
-    [PARAMS, never_idle, fold_params(FoldConfig(lateness_s=60, session_gap_s=60, return_horizon_s=3600, idle_ttl_s=DAY))]
-)
+quick_params = fold_params(FoldConfig(lateness_s=60, session_gap_s=60, return_horizon_s=3600, idle_ttl_s=2 * 86400))
+some_params = st.sampled_from([PARAMS, never_idle, quick_params])
 
 
 def stream_of(drawn) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +94,7 @@ def stream_of(drawn) -> tuple[np.ndarray, np.ndarray]:
     ts, offset = {}, 0
     for i, (user, step, event_id, item, category, quantity, platform, kind, price, offset_step) in enumerate(drawn):
         ts[user] = max(0, ts.get(user, START_MS) + step)
-        offset = max(0, offset + (offset_step if offset_step < 0 else 1))
+        offset = max(0, offset + offset_step)
         new_id = 2**63 + 7919 * i % 2**20
         events[i] = (
             offset, ts[user], new_id if event_id is None else event_id, item, category, quantity, platform, kind, price
@@ -100,8 +103,8 @@ def stream_of(drawn) -> tuple[np.ndarray, np.ndarray]:
     return events, slots
 
 
-def assert_equals_reference(events, slots, params, size) -> np.ndarray:
-    """→ status"""
+def assert_equals_reference(events, slots, params, size) -> tuple[np.ndarray, np.ndarray]:
+    """→ features, status"""
     rows = empty_rows(3, size)
     features, dt_s, status = run(rows, events, slots, params)
     users = [Reference(params, size) for _ in range(3)]
@@ -114,31 +117,36 @@ def assert_equals_reference(events, slots, params, size) -> np.ndarray:
     want_rows = np.concatenate([user.row() for user in users])
     for name in rows.dtype.names:
         assert rows[name].tobytes() == want_rows[name].tobytes(), (name, rows[name], want_rows[name])
-    return status
+    return features, status
 
 
-@settings(max_examples=150, deadline=None)
-@given(drawn=st.lists(drawn_events, max_size=70), params=some_params, size=st.sampled_from(list(SIZES)))
+@settings(max_examples=60, deadline=None)
+@given(drawn=drawn_streams, params=some_params, size=st.sampled_from(list(SIZES)))
 def test_kernel_equals_reference(drawn, params, size):
     assert_equals_reference(*stream_of(drawn), params, size)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_kernel_equals_reference_on_a_long_stream(size):
+@pytest.mark.parametrize("params", [PARAMS, quick_params, never_idle], ids=["default", "quick", "never_idle"])
+def test_kernel_equals_reference_on_a_long_stream(params, size):
+    """Hypothesis finds the corners; this makes sure that every rule has been gone through, often."""
     rng = np.random.default_rng(5)
-    n = 3000
+    n = 1500
     events = np.zeros(n, EVENT)
-    events["offset"] = np.arange(n)
+    events["offset"] = np.arange(n) - rng.choice([0, 0, 0, 0, 0, 0, 9], n)
     steps = rng.choice([0, 20 * SECOND, 5 * MINUTE, HOUR, 9 * HOUR, 3 * DAY, -20 * MINUTE, -2 * DAY], n)
-    events["ts"] = START_MS + np.cumsum(steps * rng.random(n)).astype(np.int64)
+    far = rng.random(n) < 0.01
+    events["ts"] = START_MS + np.cumsum(np.where(far, 181 * DAY, steps * rng.random(n)).astype(np.int64))
     events["id"] = rng.integers(0, 2**64, n, dtype=np.uint64)
     events["id"][20:] = np.where(rng.random(n - 20) < 0.1, events["id"][:-20], events["id"][20:])
     events["item"], events["category"] = rng.integers(0, 9, n), rng.integers(0, 14, n)
     events["kind"], events["price"] = rng.integers(0, 7, n), rng.integers(0, 256, n)
     events["platform"], events["quantity"] = rng.integers(7, 9, n), rng.integers(1, 20, n)
-    status = assert_equals_reference(events, rng.integers(0, 3, n), PARAMS, size)
-    # It has gone everywhere.
-    assert set(status.tolist()) == {FOLDED, DUPLICATE, TOO_LATE}
+    features, status = assert_equals_reference(events, rng.integers(0, 3, n), params, size)
+    seen = set(status.tolist())
+    assert seen >= {FOLDED, REPLAYED, DUPLICATE}
+    assert TOO_LATE in seen
+    assert (starts_afresh(features, status).sum() > 10) == (params != never_idle)
 
 
 def test_a_mix_forgets_a_category_that_has_faded():
@@ -162,10 +170,15 @@ def test_a_full_mix_gives_up_its_lightest_category():
     # A late event whose own weight is less than the lightest takes no place.
     run(rows, events_of({"offset": 99, "id": 99, "category": 77, "ts": START_MS - DAY}))
     assert 77 not in rows["mix_long_category"][0]
+    # Nor does one that is just as heavy.
+    rows = empty_rows(1)
+    run(rows, events_of(*({"category": c} for c in range(1, 10))))
+    assert rows["mix_long_category"][0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert rows["mix_short_category"][0].tolist() == [1, 2, 3, 4]
 
 
 @settings(max_examples=40, deadline=None)
-@given(drawn=st.lists(drawn_events, min_size=1, max_size=60), data=st.data())
+@given(drawn=drawn_streams, data=st.data())
 def test_replay_from_any_offset_changes_nothing(drawn, data):
     events, slots = stream_of(drawn)
     events["offset"] = np.arange(len(events))
@@ -181,7 +194,7 @@ def test_replay_from_any_offset_changes_nothing(drawn, data):
 
 
 @settings(max_examples=40, deadline=None)
-@given(drawn=st.lists(drawn_events, min_size=1, max_size=60), data=st.data())
+@given(drawn=drawn_streams, data=st.data())
 def test_batches_do_not_matter(drawn, data):
     events, slots = stream_of(drawn)
     whole, parts = empty_rows(3), empty_rows(3)
@@ -199,7 +212,7 @@ def test_batches_do_not_matter(drawn, data):
 def jittered(draw, max_size=60):
     """One user's events in order of time without idle gaps → (sorted, the same as they might arrive, within lateness)."""
     n = draw(st.integers(1, max_size))
-    gaps = draw(st.lists(st.one_of(st.integers(0, HOUR), st.integers(0, 90 * DAY), st.just(0)), min_size=n, max_size=n))
+    gaps = draw(st.lists(gaps_ms, min_size=n, max_size=n))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     events = np.zeros(n, EVENT)
     events["ts"] = START_MS + np.cumsum(gaps)
@@ -213,7 +226,7 @@ def jittered(draw, max_size=60):
     return events, arrived
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(streams=jittered(), size=st.sampled_from(list(SIZES)))
 def test_a_stream_shuffled_within_lateness_gives_the_state_of_the_sorted_one(streams, size):
     in_order, arrived = empty_rows(1, size), empty_rows(1, size)
@@ -226,7 +239,7 @@ def test_a_stream_shuffled_within_lateness_gives_the_state_of_the_sorted_one(str
     np.testing.assert_allclose(arrived["counts"], in_order["counts"], rtol=1e-5, atol=1e-18)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), size=st.sampled_from(list(SIZES)))
 def test_refolding_the_ring_gives_the_features_of_the_sorted_stream(data, size):
     ring = SIZES[size][1]
