@@ -82,7 +82,7 @@ class Worker:
         self.health = Health()
         self.kill = KillSwitch(os.environ.get("CROSSCURRENT_KILL_AT"))
         self.watchdog = Watchdog(settings.kafka.session_timeout_s)
-        self.platforms = self._load_platforms() if "ingest" in self.stages else []
+        self.platforms = self._load_platforms()
         self.pseudonymiser = Pseudonymiser(settings.pseudonym) if "ingest" in self.stages else None
         self.identities = Identities()
         self.hold_back = HoldBack(self.platforms, settings.fold.lateness_s)
@@ -149,7 +149,9 @@ class Worker:
 
     async def _create_topics(self) -> None:
         settings = self.settings
-        extra = [(topic, -1, {}) for platform in self.platforms for topic in platform.topics]
+        extra: list[tuple[str, int, dict[str, str]]] = []
+        if "ingest" in self.stages:
+            extra += [(topic, -1, {}) for platform in self.platforms for topic in platform.topics]
         if "score" in self.stages:
             extra.append((self.changelog_topic, settings.topics.partitions, CHANGELOG_CONFIG))
         created = await create_topics(settings.kafka, settings.topics, extra)
@@ -245,6 +247,7 @@ class Worker:
                 scores_topic=topics.scores,
                 dead_letters_topic=topics.dead_letters,
                 partitions=topics.partitions,
+                heads={platform.name: platform.heads for platform in self.platforms},
             )
             channel = self.app.topic(topics.events, schema=BatchSchema(), partitions=topics.partitions)
             self.app.agent(channel, name="score")(self._score_agent)

@@ -5,7 +5,6 @@ Knows the formats; not Kafka, rows or models.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import msgspec
@@ -20,7 +19,7 @@ _decode = msgspec.json.Decoder(CanonicalEvent).decode
 encode_json = msgspec.json.Encoder().encode
 _code = lru_cache(maxsize=4096)(platform_code)
 
-_MAX_QUANTITY = 1e6
+MAX_QUANTITY = 1e9
 
 
 def decode_event(key: bytes | None, value: bytes | None) -> CanonicalEvent:
@@ -33,8 +32,8 @@ def decode_event(key: bytes | None, value: bytes | None) -> CanonicalEvent:
         raise EventRefused("not_canonical", type(error).__name__) from error
     if key != event.user.encode():
         raise EventRefused("not_canonical", "the key is not the event's user")
-    if event.quantity is not None and not math.isfinite(event.quantity):
-        raise EventRefused("not_canonical", "quantity is not finite")
+    if event.quantity is not None and not abs(event.quantity) <= MAX_QUANTITY:
+        raise EventRefused("not_canonical", "quantity is out of range")
     return event
 
 

@@ -85,7 +85,12 @@ def topic_specs(topics: TopicsConfig) -> list[tuple[str, int, dict[str, str]]]:
     return [
         (topics.events, topics.partitions, {"retention.ms": _hours_ms(topics.events_retention_h)}),
         (topics.scores, topics.partitions, {"retention.ms": _hours_ms(topics.scores_retention_h)}),
-        (topics.dead_letters, topics.partitions, {"retention.ms": _hours_ms(topics.dead_letters_retention_h)}),
+        # A value of up to 1 MiB keeps its bytes, and the headers come on top.
+        (
+            topics.dead_letters,
+            topics.partitions,
+            {"retention.ms": _hours_ms(topics.dead_letters_retention_h), "max.message.bytes": str(2 << 20)},
+        ),
         # Each worker reads these two from the start: one partition keeps that simple, and the order of links total.
         (topics.models, 1, {"cleanup.policy": "compact"}),
         (topics.identities, 1, {"cleanup.policy": "compact"}),

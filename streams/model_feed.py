@@ -38,7 +38,7 @@ class ModelFeed:
         self._pending: tuple[Scorer, int] | None = None
         self._settled: str | None = None
         self._first = True
-        self.current = self._scorer(load_prior())
+        self.current = self._scorer(load_prior(settings.fold))
         self._metrics.set_model(self.current.model.version, 0, self.current.model.degraded)
 
     async def on_records(self, records: list[Any]) -> None:
@@ -100,8 +100,11 @@ class ModelFeed:
         scorer = Scorer(model, self._settings.worker.device)
         rows = empty_rows(_WARM_EVENTS, self._settings.worker.size)
         events = np.zeros(_WARM_EVENTS, EVENT)
-        events["id"] = np.arange(_WARM_EVENTS)
-        scorer.run(rows, np.arange(_WARM_EVENTS), events)
+        events["id"], events["category"] = np.arange(_WARM_EVENTS), 1
+        for first_offset in (0, 1):
+            rows["h_version"] = 0  # so that the rebuild of `h` from the ring is warm too
+            events["offset"], events["id"] = first_offset, events["id"] + _WARM_EVENTS
+            scorer.run(rows, np.arange(_WARM_EVENTS), events)
         return scorer
 
     def _refuse(self, reason: str, detail: str) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from faust.types import TP
 
 from models.errors import CrosscurrentError, EventRefused
-from models.events import SCORE_SCHEMA, CanonicalEvent, Probabilities, ScoreRecord
+from models.events import HEADS, SCORE_SCHEMA, CanonicalEvent, Probabilities, ScoreRecord, platform_code
 from models.fold import DUPLICATE, TOO_LATE
 from models.scorer import Scores
 from streams.arena import Arena
@@ -48,7 +49,9 @@ class ScoreStage:
         scores_topic: str,
         dead_letters_topic: str,
         partitions: int,
+        heads: Mapping[str, tuple[str, ...]],
     ) -> None:
+        """`heads`: what each platform can have, from its file; a platform without a file can have what the model has."""
         self._arena = arena
         self._feed = feed
         self._sender = sender
@@ -58,6 +61,9 @@ class ScoreStage:
         self._scores_topic = scores_topic
         self._dead_letters_topic = dead_letters_topic
         self._partitions = partitions
+        self._can_have = np.ones((1 << 16, len(HEADS)), np.bool_)
+        for platform, those in heads.items():
+            self._can_have[platform_code(platform)] = [head in those for head in HEADS]
 
     def process(self, tp: TP, records: list[Any]) -> list[Any]:
         """Folds and scores `records` of one partition of `events`.
@@ -105,7 +111,15 @@ class ScoreStage:
         with self._metrics.stage["score"].time():
             scores, status = self._feed.current.run(arena.rows, slots, batch)
             arena.mark_dirty(slots)
+        self._mask(scores, self._can_have[batch["platform"]])
         return scores, arena.rows["n_events"][slots] <= COLD_EVENTS, status
+
+    def _mask(self, scores: Scores, can_have_N4: np.ndarray) -> None:
+        """Nulls the heads that a platform cannot have: the prior and a model that does not know it answer them all."""
+        scores.p_N3[~can_have_N4[:, :3]] = np.nan
+        without = ~can_have_N4[:, HEADS.index("category")]
+        scores.category_N5[without] = -1
+        scores.shift_N[without] = np.nan
 
     def _encode(
         self, events: list[CanonicalEvent], records: list[Any], scores: Scores, cold: Any, status: np.ndarray, now_ms: int
