@@ -350,7 +350,7 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What can be set. Rates are shares of the accepted events; the behaviour does not depend on them."""
 
     n_shoppers: int = 3000
-    """Persons. Most have accounts on several platforms. They make about 3 events a day each."""
+    """Persons. Most have accounts on several platforms. They make about 2.3 events a day each."""
     seed: int = 0
     start_ms: int = 1_704_067_200_000
     """ms since the epoch; no event is earlier."""

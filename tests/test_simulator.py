@@ -271,6 +271,78 @@ def test_realised_labels_have_the_frequencies_of_the_truth(sample, head):
         assert abs((y[here] - q[here]).sum()) < 4 * error + 1, (name, y[here].mean(), q[here].mean())
 
 
+def chain(what, k, seen, a, b):
+    """The model as the module's docstring states it, as one matrix over all states and "found", row to column; slow and
+    plain: one tick a step, silence counted tick by tick."""
+    in_session = [("in", p, e, m) for p in range(3) for e in range(3) for m in range(3)]
+    silent = [("silent", left, e, m) for left in range(1, sim.SILENT_TICKS + 1) for e in range(3) for m in range(3)]
+    idle = [("idle", 0, e, m) for e in range(3) for m in range(3)]
+    number = {state: i for i, state in enumerate([*in_session, *silent, *idle, "found"])}
+    matrix = np.zeros((len(number), len(number)))
+    matrix[number["found"], number["found"]] = 1.0
+
+    def add(start, end, chance):
+        matrix[number[start], number[end]] += chance
+
+    def add_moment(start, chance, p, e, m):
+        """A moment on platform p from (e, m)."""
+        shop = p != GROCER
+        up, further, down = sim.NEED_STEPS[b]
+        moves = {0: (1 - up, up, 0), 1: (down, 1 - down - further, further), 2: (0, down, 1 - down)}[m]
+        for m_now, moved in enumerate(moves if shop else np.eye(3)[m]):
+            buys = sim.BUY[b][m_now] if shop else sim.BUY_AT_GROCER
+            add(start, ("in", p, e, m_now), chance * moved * (1 - buys))
+            if what == "purchase" and seen in (p, sim.ALL):
+                add(start, "found", chance * moved * buys)
+                continue
+            for m_after, left in enumerate(sim.AFTER_PURCHASE[m_now] if shop else np.eye(3)[m_now]):
+                bought = chance * moved * buys * left
+                add(start, ("in", p, min(e + 1, 2), m_after), bought * sim.UPLIFT[p])
+                add(start, ("in", p, e, m_after), bought * (1 - sim.UPLIFT[p]))
+
+    for state in in_session:
+        _, p, e, m = state
+        logit = sim.STAYS_PLATFORM[p] + sim.STAYS_NEED[m] + sim.STAYS_ENGAGED[e] + sim.STAYS_BUYER[b]
+        stays = 1 / (1 + np.exp(-logit))
+        add_moment(state, stays, p, e, m)
+        add(state, ("silent", sim.SILENT_TICKS - 1, max(e - 1, 0), m), (1 - stays) * sim.CLOYS[a])
+        add(state, ("silent", sim.SILENT_TICKS - 1, e, m), (1 - stays) * (1 - sim.CLOYS[a]))
+    for state in silent:
+        _, left, e, m = state
+        add(state, ("silent", left - 1, e, m) if left > 1 else ("idle", 0, e, m), 1.0)
+    for state in idle:
+        _, _, e, m = state
+        starts = sim.SESSIONS_A_DAY[a] * sim.ENGAGED[e] * sim.NEEDED[m] / 720
+        for p, share in enumerate(sim.PROFILES[k][1]):
+            if what == "return" and seen in (p, sim.ALL):
+                add(state, "found", starts * share)
+            else:
+                add_moment(state, starts * share, p, e, m)
+        moves = {(to, m): sim.ENGAGEMENT_A_DAY[e][to] / 720 for to in range(3) if to != e}
+        falls = (0.0, *sim.NEED_PASSES_A_DAY)
+        moves |= {(e, 1): sim.NEED_ARISES_A_DAY[b] / 720} if m == 0 else {(e, m - 1): falls[m] / 720}
+        for (e_now, m_now), chance in moves.items():
+            add(state, ("idle", 0, e_now, m_now), (1 - starts) * chance)
+        add(state, state, (1 - starts) * (1 - sum(moves.values())))
+    assert np.allclose(matrix.sum(1), 1.0)
+    return matrix
+
+
+@pytest.mark.parametrize("what", ["purchase", "return"])
+@pytest.mark.parametrize(
+    ("k", "seen", "a", "b"), [(0, sim.BAZAAR, 0, 1), (3, sim.METRO, 1, 2), (5, GROCER, 2, 0), (6, sim.ALL, 3, 1)]
+)
+def test_the_recursion_equals_the_whole_chain(what, k, seen, a, b):
+    """A step of the chain leaves the state after tick t in that after t + 1, so its n-th power is S_n."""
+    ticks = {"purchase": 24 * 30, "return": 7 * 24 * 30}[what]
+    assert (ticks, DAY_MS) == ({"purchase": sim.PURCHASE_TICKS, "return": sim.RETURN_TICKS}[what], 86_400_000)
+    step = chain(what, k, seen, a, b)
+    shorter = np.linalg.matrix_power(step, ticks - 1)
+    survival = sim.survival(what, ticks)[:, sim.VIEWPOINT[k, seen], a, b].reshape(2, 27)
+    assert np.allclose(survival, 1.0 - np.stack([shorter, shorter @ step])[:, :27, -1], atol=1e-9)
+    assert 0.01 < survival.min() < survival.max() < 0.999
+
+
 def test_linked_and_unlinked_users_are_each_calibrated(sample):
     events, users, truth, labels = sample
     picked = independent_events(events)
