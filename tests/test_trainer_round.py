@@ -174,19 +174,21 @@ async def test_it_runs_until_it_is_told_to_stop_and_serves_its_metrics(settings)
     try:
         task = asyncio.create_task(run_trainer(settings, stop=stop))
         text = ""
-        while 'rounds_total{outcome="published"} 1.0' not in text:
+        while 'rounds_total{outcome="nothing_new"}' not in text:
             await asyncio.sleep(0.3)
             assert not task.done(), task.result()
             if served:
                 text = await asyncio.to_thread(read_metrics, served[0])
     finally:
         run._Metrics = real
+    assert 'rounds_total{outcome="published"} 1.0' in text
     assert f"crosscurrent_trainer_history_events {float(len(EVENTS))}" in text
     assert 'crosscurrent_trainer_published_info{kind="major"' in text
     assert 'crosscurrent_trainer_auc{head="return",model="candidate",platform="shop"}' in text
     stop.set()
     results = await asyncio.wait_for(task, 60)
-    assert results[0].outcome == "published"
+    assert results[0].outcome == "published" and len(results) > 1
+    assert {result.outcome for result in results[1:]} <= {"nothing_new", "stopped"}
     with pytest.raises(OSError):
         read_metrics(served[0])
 

@@ -54,7 +54,7 @@ MAX_FALLBACKS = 3
 RETRY_S = 10.0
 """Until a model is published, a round comes at least this often: the first model should not wait for an interval."""
 
-Outcome = Literal["published", "not_better", "not_finite", "too_few", "failed", "stopped"]
+Outcome = Literal["published", "not_better", "not_finite", "too_few", "nothing_new", "failed", "stopped"]
 
 
 class RoundResult(NamedTuple):
@@ -136,6 +136,8 @@ class _Trainer:
         self.settings, self.heads, self.stop, self.metrics = settings, heads, stop, metrics
         self.history = HistoryStore(settings.trainer.history_uri)
         self.has_published = False
+        self.judged_events = -1
+        """Length of the history when a candidate was last judged: without a new event it is not judged again."""
 
     async def round(self) -> RoundResult:
         """One round; never raises for what lies outside (Kafka, the stores)."""
@@ -185,6 +187,8 @@ class _Trainer:
             labels = make_labels(history, settings.fold, settings.horizons)
             gate_ms = gate_start(history, labels, settings.horizons, options.validation_fraction, options.max_events)
         n = len(history)
+        if n == self.judged_events:
+            return RoundResult("nothing_new", "no event has come since the last round", n), None
         if gate_ms is None:
             return RoundResult("too_few", "no label has had the time to mature", n), None
         trainable = matured(labels, history.events["ts"], settings.horizons, gate_ms)[:, :3].any(axis=1).sum()
@@ -217,6 +221,7 @@ class _Trainer:
                 judge.evaluate(model, history, labels, settings.horizons, replayed.rows, gate_ms, check=self._check)
                 for model in (trained.model, incumbent.model)
             ]
+        self.judged_events = n
         result = _decide(trained, *reports, n)
         if result.outcome != "published":
             return result, None
