@@ -60,10 +60,12 @@ SIMULATED = ("sim_bazaar", "sim_metro", "sim_grocer")
 BACKFILL_EVENTS = 100_000
 """Events sent at full speed before the steady rate begins."""
 LIVE_EVENTS_PER_S = 1500
+"""The steady rate of the simulator's events."""
 EVENTS_A_PLATFORM = 60_000
 """Of a real data set: a sample of its users that has about so many events."""
 LIVE_SHARE = 0.2
-"""Of a real data set: the last events, sent at the steady rate."""
+"""Of a real data set: the last events, sent at a steady rate over LIVE_S."""
+LIVE_S = 150.0
 LEAST_FOR_AUC = 200
 """Matured labels, and at least 10 of each class, before an AUC is shown."""
 
@@ -109,11 +111,13 @@ class Record(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What is sent: records in order of arrival, how many of them at full speed, and the identity links before."""
+    """What is sent: records in order of arrival, how many of them at full speed and at which rate the
+    others, and the identity links that come before."""
 
     platforms: list[Platform]
     records: Iterator[Record]
     backfill: int
+    live_per_s: float
     links: list[tuple[str, str, str]]
 
 
@@ -121,7 +125,7 @@ def simulated_source(now_ms: int) -> Source:
     platforms = load_platforms(SHIPPED_PLATFORMS, SIMULATED)
     simulator = Simulator(SimulatorConfig(start_ms=now_ms - 400 * _DAY_MS, ledger=False))
     records = (Record(r.topic, r.key, r.value) for r in simulator.stream())
-    return Source(platforms, records, BACKFILL_EVENTS, list(simulator.identity_links()))
+    return Source(platforms, records, BACKFILL_EVENTS, LIVE_EVENTS_PER_S, list(simulator.identity_links()))
 
 
 def data_source(data: Path, now_ms: int) -> Source:
@@ -137,7 +141,8 @@ def data_source(data: Path, now_ms: int) -> Source:
         everything += rows
     everything.sort(key=lambda row: row[3])
     records = (Record(topic, key, value) for topic, key, value, _ in everything)
-    return Source(platforms, records, int(len(everything) * (1 - LIVE_SHARE)), [])
+    live = int(len(everything) * LIVE_SHARE)
+    return Source(platforms, records, len(everything) - live, live / LIVE_S, [])
 
 
 def _users_fraction(data: Path, platform: Platform) -> float | None:
@@ -214,7 +219,7 @@ class Feeder:
             await asyncio.gather(*tasks)
 
     def _due(self, started_s: float, live_from: int) -> int:
-        due = int((time.monotonic() - started_s) * LIVE_EVENTS_PER_S) - (self.sent - live_from)
+        due = int((time.monotonic() - started_s) * self._source.live_per_s) - (self.sent - live_from)
         return max(0, min(_CHUNK, due))
 
     def _send(self, sender: Sender, chunk: list[Record]) -> list[asyncio.Task]:
@@ -524,7 +529,7 @@ class Demo:
             while time.monotonic() < until_s and not self._interrupted.is_set():
                 await asyncio.sleep(0.5)
                 self._check_alive(observing, feeding)
-                self.observer.live |= self.feeder.live and self._open() < LIVE_EVENTS_PER_S
+                self.observer.live |= self.feeder.live and self._open() < self.source.live_per_s
                 now_s = time.monotonic()
                 rate = 0.5 * rate + 0.5 * (self.observer.scored - last[1]) / (now_s - last[0])
                 last = (now_s, self.observer.scored)
