@@ -62,7 +62,7 @@ async def produce(settings: Settings, events: list[CanonicalEvent]) -> None:
 
 
 async def announced(settings: Settings):
-    return await run._read_announcement(settings)
+    return (await run._read_announcement(settings))[0]
 
 
 def load(settings: Settings, version):
@@ -132,6 +132,22 @@ async def test_a_version_that_was_stored_but_not_announced_is_announced_at_the_n
     versions = {found.version, *(f.version for f in found.fallbacks)}
     assert min(m.version for m in artifact.list_versions(settings.store.uri, settings.store.name)) in versions
     assert second.kind == "minor"
+
+
+@pytest.mark.broker
+async def test_a_version_that_was_withdrawn_is_not_announced_again(settings):
+    await produce(settings, EVENTS[: len(EVENTS) // 2])
+    settings = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"min_events": 500})})
+    (first,) = await run_trainer(settings, once=True)
+    assert first.outcome == "published", first.reason
+    producer = AIOKafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
+    await producer.start()
+    await producer.send_and_wait(settings.topics.models, None, key=settings.store.name.encode())
+    await producer.stop()
+    assert await run._read_announcement(settings) == (None, True)
+    impatient = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"min_events": 10**6})})
+    (second,) = await run_trainer(impatient, once=True)
+    assert second.outcome == "too_few" and await run._read_announcement(settings) == (None, True)
 
 
 @pytest.mark.broker

@@ -5,8 +5,8 @@
 
 A candidate is published where its mean log-loss over platform × head cells is below the incumbent's on the same later
 events, everything it says is finite, and its five categories do not hit clearly less often. The incumbent is the version
-announced last; where nothing is announced, the newest of the store that loads (it is then announced at once: a crash may
-have come between store and announcement); else the prior.
+announced last; where nothing ever was, the newest of the store that loads (it is then announced at once: a crash may have
+come between store and announcement); else, and after a withdrawal, the prior.
 
 A major model (new recurrence) is trained where there is no incumbent to build on, where a platform is new, every
 `major_every`-th publication, and once the examples have doubled since the last major one. The rest are minor.
@@ -161,8 +161,8 @@ class _Trainer:
                 self.history, settings.kafka, settings.topics.events, stop=self.stop, on_progress=stages.count
             )
             self.metrics.refused.inc(pulled.refused)
-            announced = await _read_announcement(settings)
-            incumbent = await asyncio.to_thread(_load_incumbent, settings, announced)
+            announced, withdrawn = await _read_announcement(settings)
+            incumbent = await asyncio.to_thread(_load_incumbent, settings, announced, withdrawn)
             if announced is None and incumbent.announcement is not None:
                 await _announce(settings, incumbent.announcement)
         self.has_published = incumbent.announcement is not None
@@ -297,29 +297,30 @@ def _decide(trained: Trained, candidate: Report, incumbent: Report, history_even
 # ── announcements ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _read_announcement(settings: Settings) -> Announcement | None:
-    """The newest announcement of our model; None where there is none, or where it was withdrawn (a null value)."""
+async def _read_announcement(settings: Settings) -> tuple[Announcement | None, bool]:
+    """→ (the newest announcement of our model, None where there is none; whether it was withdrawn by a null value)."""
     newest: bytes | None = None
+    ever = False
     async with open_consumer(settings.kafka, settings.topics.models) as (consumer, partitions):
         async for _, records in read_to_end(consumer, partitions, timeout_s=settings.kafka.request_timeout_s):
             for record in records:
                 if record.key == settings.store.name.encode():
-                    newest = record.value
+                    newest, ever = record.value, True
     if newest is None:
-        return None
+        return None, ever
     try:
-        return msgspec.json.decode(newest, type=Announcement)
+        return msgspec.json.decode(newest, type=Announcement), False
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         log.error("announcement cannot be read", topic=settings.topics.models, error=str(error))
-        return None
+        return None, False
 
 
-def _load_incumbent(settings: Settings, announced: Announcement | None) -> _Incumbent:
-    """The announced version; with none announced the newest of the store that loads; the prior where nothing does."""
+def _load_incumbent(settings: Settings, announced: Announcement | None, withdrawn: bool) -> _Incumbent:
+    """The announced version; with none ever announced the newest of the store that loads; the prior where nothing does,
+    or where the last announcement was withdrawn."""
     store = settings.store
-    if announced is not None:
-        versions: list[ModelVersion] = [announced]
-    else:
+    versions: list[ModelVersion] = [announced] if announced is not None else []
+    if announced is None and not withdrawn:
         versions = artifact.versions(store.uri, store.name)
     for version in versions:
         try:
