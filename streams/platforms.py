@@ -402,7 +402,11 @@ def _first_of(gets: list[Get]) -> Get:
 
 def _joined(gets: list[Get], separator: str) -> Get:
     def join(event: dict) -> str | None:
-        parts = [_id_text(value, "join") for get in gets if (value := get(event)) is not None and value != ""]
+        parts = []
+        for get in gets:
+            value = get(event)
+            if value is not None and value != "":
+                parts.append(value if type(value) is str else _id_text(value, "join"))
         return separator.join(parts) or None
 
     return join
@@ -454,7 +458,7 @@ def _scaled(get: Get, scale: float, divisor: Get | None, field: str) -> Get:
         value = get(event)
         if value is None or value == "":
             return None
-        number = to_number(value, field) * scale
+        number = (value if type(value) is float else to_number(value, field)) * scale
         if divisor is not None:
             by = divisor(event)
             by = 0.0 if by is None or by == "" else to_number(by, field)
