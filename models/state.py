@@ -50,7 +50,7 @@ FIELDS: tuple[tuple[str, str, tuple, str], ...] = (
     ("last_s_by_kind", "<u4", (N_KINDS,), "s since the epoch of the last event of each kind; 0 none"),
     ("gap_mean_s", "<f4", (), "exponentially weighted mean gap between sessions, weight 0.3"),
     ("gap_last_s", "<f4", (), "last gap between sessions"),
-    ("basket_mean", "<f4", (), "exponentially weighted mean quantity, weight 0.2"),
+    ("basket_mean", "<f4", (), "exponentially weighted mean quantity of purchases, weight 0.2"),
     ("price_mean", "<f4", (), "exponentially weighted mean price bucket of priced events, weight 0.2"),
     ("counts", "<f4", (N_KINDS, N_HALFLIVES), "time-decayed counts by kind and time constant, as of last_ts"),
     ("mix_long_category", "<u4", (MIX_LONG,), "categories of the long-term mix (30 d); 0 empty"),
