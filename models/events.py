@@ -161,11 +161,25 @@ def platform_code(platform: str) -> int:
     return (xxhash.xxh3_64_intdigest(platform.encode()) & 0xFFFF) or 1
 
 
+_SPREAD = 0x9E3779B97F4A7C15
+"""2^64 / golden ratio, odd: spreads a platform's code over 64 bits."""
+
+
+def event_hash(platform: str, event_id: str) -> int:
+    """64-bit hash of an event: two platforms may give the same id, and a linked person has events of both in one row."""
+    return hash64(event_id) ^ (platform_code(platform) * _SPREAD & 0xFFFFFFFFFFFFFFFF)
+
+
+def event_hashes(id_hashes_N: np.ndarray, platform_codes_N: np.ndarray) -> np.ndarray:
+    """`event_hash` of many: hash64 of the ids (n,) uint64 and the platforms' codes (n,) → (n,) uint64."""
+    return id_hashes_N ^ (platform_codes_N.astype(np.uint64) * np.uint64(_SPREAD))
+
+
 EVENT = np.dtype(
     [
         ("offset", "<i8"),  # offset in the partition of `events`
         ("ts", "<i8"),  # ms
-        ("id", "<u8"),  # hash64(event_id)
+        ("id", "<u8"),  # event_hash
         ("item", "<u4"),  # hash32, 0 none
         ("category", "<u4"),  # hash32, 0 none
         ("quantity", "<f4"),  # 1 where absent
@@ -196,7 +210,7 @@ def to_columns(events: list[CanonicalEvent], offsets: np.ndarray) -> np.ndarray:
         out[i] = (
             offsets[i],
             e.ts,
-            hash64(e.event_id),
+            event_hash(e.platform, e.event_id),
             hash32(e.item),
             hash32(e.category),
             1.0 if e.quantity is None else e.quantity,

@@ -38,7 +38,7 @@ FIELDS: tuple[tuple[str, str, tuple, str], ...] = (
     ("last_ts", "<i8", (), "ms; greatest ts folded"),
     ("session_start_ts", "<i8", (), "ms; of the current session"),
     ("ring_ts", "<i8", ("K",), "ms; ring of the last K events, ascending by (ts, id); n_ring of them filled, from 0"),
-    ("ring_id", "<u8", ("K",), "hash64(event_id): also the window that duplicates are looked up in"),
+    ("ring_id", "<u8", ("K",), "event_hash: also the window that duplicates are looked up in"),
     ("ring_item", "<u4", ("K",), "hash32(item)"),
     ("ring_category", "<u4", ("K",), "hash32(category)"),
     ("ring_platform", "<u2", ("K",), "platform_code"),

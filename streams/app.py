@@ -19,7 +19,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 import faust
@@ -46,7 +45,6 @@ from streams.transport import SCHEME, BatchSchema, batches, register
 
 log = structlog.get_logger("crosscurrent.worker")
 
-SHIPPED_PLATFORMS = Path(__file__).resolve().parent.parent / "deploy" / "platforms"
 TABLE = "user_state"
 EXIT_CRASHED = 70
 
@@ -104,8 +102,13 @@ class Worker:
         return f"{self.app_id}-{TABLE}-changelog"
 
     def _load_platforms(self) -> list[Platform]:
-        worker = self.settings.worker
-        return load_platforms(worker.platforms_dir or SHIPPED_PLATFORMS, worker.platforms)
+        worker, topics = self.settings.worker, self.settings.topics
+        platforms = load_platforms(worker.platforms_dir, worker.platforms)
+        ours = {topics.events, topics.scores, topics.dead_letters, topics.models, topics.identities, self.changelog_topic}
+        for platform in platforms:
+            if taken := ours.intersection(platform.topics):
+                raise ConfigError(f"{platform.path}: topic {sorted(taken)[0]!r} is one of Crosscurrent's own; rename either")
+        return platforms
 
     # -- start and stop
 

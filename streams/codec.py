@@ -13,7 +13,15 @@ import numpy as np
 import xxhash
 
 from models.errors import EventRefused
-from models.events import EVENT, KIND_CODE, PSEUDONYM_LENGTH, CanonicalEvent, platform_code, price_bucket
+from models.events import (
+    EVENT,
+    KIND_CODE,
+    PSEUDONYM_LENGTH,
+    CanonicalEvent,
+    event_hashes,
+    platform_code,
+    price_bucket,
+)
 
 _decode = msgspec.json.Decoder(CanonicalEvent).decode
 encode_json = msgspec.json.Encoder().encode
@@ -57,11 +65,12 @@ def columns(events: list[CanonicalEvent], offsets: list[int]) -> np.ndarray:
     digest = xxhash.xxh3_64_intdigest
     out["offset"] = offsets
     out["ts"] = [e.ts for e in events]
-    out["id"] = [digest(e.event_id.encode()) for e in events]
     out["item"] = [(digest(e.item.encode()) & 0xFFFFFFFF) or 1 if e.item else 0 for e in events]
     out["category"] = [(digest(e.category.encode()) & 0xFFFFFFFF) or 1 if e.category else 0 for e in events]
     out["quantity"] = [1.0 if e.quantity is None else e.quantity for e in events]
     out["platform"] = [_code(e.platform) for e in events]
+    ids = np.array([digest(e.event_id.encode()) for e in events], np.uint64)
+    out["id"] = event_hashes(ids, out["platform"])
     out["kind"] = [KIND_CODE[e.kind] for e in events]
     out["price"] = [price_bucket(e.price) for e in events]
     return out

@@ -43,13 +43,12 @@ from sklearn.metrics import roc_auc_score
 from models.config import Settings
 from models.errors import ConfigError, EventRefused
 from models.events import BINARY_HEADS, HEADS, CanonicalEvent, IdentityLink, hash64
-from streams.app import SHIPPED_PLATFORMS
 from streams.broker import EmbeddedBroker, die_with_parent
 from streams.codec import columns, encode_json
 from streams.commit import NO_HEADERS, Sender
 from streams.dead_letters import decode_headers
 from streams.kafka import client_options, connected, create_topics, end_offsets
-from streams.platforms import Platform, load_platforms
+from streams.platforms import SHIPPED, Platform, load_platforms
 from streams.pseudonym import Pseudonymiser
 from streams.replay import read_dataset
 from streams.simulator import Simulator, SimulatorConfig
@@ -122,7 +121,7 @@ class Source(NamedTuple):
 
 
 def simulated_source(now_ms: int) -> Source:
-    platforms = load_platforms(SHIPPED_PLATFORMS, SIMULATED)
+    platforms = load_platforms(SHIPPED, SIMULATED)
     simulator = Simulator(SimulatorConfig(start_ms=now_ms - 400 * _DAY_MS, ledger=False))
     records = (Record(r.topic, r.key, r.value) for r in simulator.stream())
     return Source(platforms, records, BACKFILL_EVENTS, LIVE_EVENTS_PER_S, list(simulator.identity_links()))
@@ -131,10 +130,10 @@ def simulated_source(now_ms: int) -> Source:
 def data_source(data: Path, now_ms: int) -> Source:
     """Every data set under `data` that a shipped platform file describes, a sample of the users of the large ones, each
     shifted so that its last event is now; merged by time."""
-    names = sorted(path.stem for path in SHIPPED_PLATFORMS.glob("*.toml") if path.stem not in SIMULATED)
-    platforms = [p for p in load_platforms(SHIPPED_PLATFORMS, tuple(names)) if (data / p.replay.files[0]).exists()]
+    names = sorted(path.stem for path in SHIPPED.glob("*.toml") if path.stem not in SIMULATED)
+    platforms = [p for p in load_platforms(SHIPPED, tuple(names)) if (data / p.replay.files[0]).exists()]
     if not platforms:
-        raise ConfigError(f"{data} holds none of the data sets that {SHIPPED_PLATFORMS} describes ({', '.join(names)})")
+        raise ConfigError(f"{data} holds none of the data sets that {SHIPPED} describes ({', '.join(names)})")
     everything = []
     for platform in platforms:
         rows = list(read_dataset(data, platform, users_fraction=_users_fraction(data, platform), end_ms=now_ms))

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import structlog
-from models.artifact import load, load_prior
 
+from models.artifact import load, load_prior
 from models.config import Settings
 from models.errors import ArtifactError
 from models.events import EVENT, Announcement, ModelVersion

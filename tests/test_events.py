@@ -15,6 +15,7 @@ from models.events import (
     KINDS,
     PRICE_EDGES,
     CanonicalEvent,
+    event_hash,
     hash32,
     hash64,
     platform_code,
@@ -125,8 +126,8 @@ def test_to_columns():
     columns = to_columns([bare, full], np.array([17, 2**40]))
     assert columns.dtype == EVENT
     assert columns.tolist() == [
-        (17, 1_700_000_000_000, hash64("e1"), 0, 0, 1.0, platform_code("shop"), 1, 0),
-        (2**40, 5, hash64("e2"), hash32("i"), hash32("c"), 2.5, platform_code("market"), 6, 81),
+        (17, 1_700_000_000_000, event_hash("shop", "e1"), 0, 0, 1.0, platform_code("shop"), 1, 0),
+        (2**40, 5, event_hash("market", "e2"), hash32("i"), hash32("c"), 2.5, platform_code("market"), 6, 81),
     ]
 
 
@@ -137,3 +138,8 @@ def test_to_columns_of_nothing():
 def test_a_quantity_of_zero_is_not_an_absent_one():
     event = CanonicalEvent(event_id="e", platform="p", user=USER, kind="view", ts=0, quantity=0.0)
     assert to_columns([event], np.zeros(1, np.int64))["quantity"][0] == 0.0
+
+
+def test_the_same_id_on_two_platforms_is_two_events():
+    assert event_hash("shop", "1") != event_hash("market", "1")
+    assert event_hash("shop", "1") == 0x165ABADB2E665895

@@ -46,7 +46,7 @@ from aiokafka.helpers import create_ssl_context
 
 from models.config import KafkaConfig
 from models.errors import HistoryError
-from models.events import EVENT, KIND_CODE, CanonicalEvent, hash32, hash64, platform_code, price_bucket
+from models.events import EVENT, KIND_CODE, CanonicalEvent, event_hashes, hash32, hash64, platform_code, price_bucket
 
 log = structlog.get_logger("crosscurrent.trainer")
 
@@ -288,11 +288,12 @@ def _to_history(table: pa.Table, imported: int) -> History:
     events["offset"] = offset + imported
     events["offset"][:imported] = np.arange(imported)
     events["ts"] = table["ts"].to_numpy()
-    ids = table["event_id"].to_pylist()
-    events["id"] = np.fromiter((hash64(i) for i in ids), np.uint64, len(ids))
     events["item"] = _hash_column(table["item"], hash32, np.uint32)
     events["category"] = _hash_column(table["category"], hash32, np.uint32)
     events["platform"] = _hash_column(table["platform"], platform_code, np.uint16)
+    ids = table["event_id"].to_pylist()
+    hashes = np.fromiter((hash64(i) for i in ids), np.uint64, len(ids))
+    events["id"] = event_hashes(hashes, events["platform"])
     events["kind"] = _hash_column(table["kind"], KIND_CODE.__getitem__, np.uint8)
     events["quantity"] = pc.fill_null(table["quantity"], 1.0).to_numpy()
     prices, inverse = np.unique(pc.fill_null(table["price"], 0.0).to_numpy(), return_inverse=True)

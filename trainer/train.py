@@ -386,7 +386,7 @@ def _fit(
     total = int(sequences.length_U.sum()) * settings.epochs
     batch = int(np.clip(total // STEPS, LEAST_BATCH, settings.batch_events))
     steps = settings.epochs * -(-(total // settings.epochs) // batch)
-    optimiser = AdamW(parameters, WEIGHT_DECAY)
+    optimiser = _optimiser(parameters)
     warm = max(1.0, WARM_UP * steps)
     average = [p.detach().clone() for p in parameters]
     weight_P = torch.from_numpy(_platform_weights(examples, sequences, len(student.config.platforms)))
@@ -398,9 +398,13 @@ def _fit(
         for part in _epoch(examples, sequences, batch, rng):
             check()
             loss = _loss(student, examples.columns, targets, weight_P, part)
-            gradients = torch.autograd.grad(loss, parameters)
+            optimiser.zero_grad()
+            loss.backward(inputs=parameters)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             cosine = 0.05 + 0.475 * (1.0 + np.cos(np.pi * step / steps))
-            optimiser.step(gradients, rate * cosine * min(1.0, (step + 1) / warm))
+            for group in optimiser.param_groups:
+                group["lr"] = rate * cosine * min(1.0, (step + 1) / warm)
+            optimiser.step()
             step += 1
             decay = min(EMA_DECAY, (1 + step) / (10 + step))
             for mean, parameter in zip(average, parameters, strict=True):
@@ -413,32 +417,12 @@ def _fit(
     return float(torch.stack(losses).mean()) if losses else float("nan")
 
 
-class AdamW:
-    """AdamW on gradients clipped to a joint norm of 1; no decay of vectors. Equal to `torch.optim.AdamW`, whose first
-    use imports a compiler that we have no use for: more time than training our first model takes."""
-
-    def __init__(self, parameters: list[Tensor], weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        self.parameters, self.weight_decay, self.betas = parameters, weight_decay, betas
-        self.first = [torch.zeros_like(p) for p in parameters]
-        self.second = [torch.zeros_like(p) for p in parameters]
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, gradients: tuple[Tensor, ...], rate: float) -> None:
-        """One step along `gradients`, one for each parameter."""
-        self.steps += 1
-        one, two = self.betas
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-        scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)
-        size = rate / (1.0 - one**self.steps)
-        unbias = (1.0 - two**self.steps) ** 0.5
-        for parameter, gradient, first, second in zip(self.parameters, gradients, self.first, self.second, strict=True):
-            gradient = gradient * scale
-            first.lerp_(gradient, 1.0 - one)
-            second.mul_(two).addcmul_(gradient, gradient, value=1.0 - two)
-            if parameter.ndim > 1:
-                parameter.mul_(1.0 - rate * self.weight_decay)
-            parameter.addcdiv_(first, second.sqrt().div_(unbias).add_(1e-8), value=-size)
+def _optimiser(parameters: list[Tensor]) -> torch.optim.AdamW:
+    """AdamW without decay of vectors (biases, offsets)."""
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}], lr=0.0
+    )
 
 
 def _platform_weights(examples: Examples, sequences: _Sequences, n_platforms: int) -> np.ndarray:
