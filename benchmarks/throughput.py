@@ -38,7 +38,6 @@ from zlib import crc32
 import msgspec
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from models.artifact import list_versions
@@ -165,8 +164,12 @@ class Bench:
         return Settings.model_validate(changed)
 
     async def committed(self, group: str, topics: set[str]) -> int:
-        offsets = await self._admin.list_consumer_group_offsets(group)
-        return sum(max(0, meta.offset) for tp, meta in offsets.items() if tp.topic in topics)
+        if group not in self._groups:
+            options = client_options(self.settings.kafka)
+            consumer = self._groups[group] = AIOKafkaConsumer(group_id=group, enable_auto_commit=False, **options)
+            await consumer.start()
+        tps = [TopicPartition(topic, p) for topic in topics for p in range(PARTITIONS)]
+        return sum([await self._groups[group].committed(tp) or 0 for tp in tps])
 
     # -- the student
 
@@ -253,12 +256,12 @@ class Bench:
         }
 
     async def __aenter__(self) -> Bench:
-        self._admin = AIOKafkaAdminClient(**client_options(self.settings.kafka))
-        await self._admin.start()
+        self._groups: dict[str, AIOKafkaConsumer] = {}
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._admin.close()
+        for consumer in self._groups.values():
+            await consumer.stop()
 
 
 def _check(process: subprocess.Popen, log: Path) -> None:
