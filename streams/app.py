@@ -272,9 +272,10 @@ class Worker:
                 for records in batches(event.value, self.settings.worker.max_batch):
                     if not self._is_current(event.message):
                         break
-                    ahead.append(stage.process(event.message.tp, records))
+                    if sends := stage.process(event.message.tp, records):  # none where all were duplicates
+                        ahead.append(sends)
                     if len(ahead) > _SENDS_AHEAD:
-                        await asyncio.wait(ahead.popleft() or [asyncio.sleep(0)])
+                        await asyncio.wait(ahead.popleft())
                     else:
                         await asyncio.sleep(0)
         except Exception as error:

@@ -78,7 +78,7 @@ class Consumer(driver.Consumer):
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
         seeks = self._seeks
-        records, active = await self._wait_next_records(timeout)
+        records, _ = await self._wait_next_records(timeout)
         generation = self.app.consumer_generation_id
         if records is None or self.should_stop:
             return
@@ -90,9 +90,9 @@ class Consumer(driver.Consumer):
             tp = ensure_TP(ktp)
             if not self.flow_active or self.app.consumer_generation_id != generation:
                 break
-            if active is None or tp in active or tp in self._buffered_partitions:
-                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                yield tp, _to_message(tp, batch, generation)
+            # Also of a partition that was paused since: its position has moved past these records, and without a
+            # rebalance nothing would seek back to them.
+            yield tp, _to_message(tp, batch, generation)
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """Offsets within a batch are no gap."""
