@@ -256,6 +256,13 @@ class Disruptions(NamedTuple):
         """Whether what was first written at `first_ms` may have been written again."""
         return any(t - self.window_ms <= first_ms <= t + self.grace_ms for t in self.times_ms)
 
+    def explain_event(self, arrived_ms: int, scored_ms: int | None) -> bool:
+        """The same of an event, which keeps the time of its raw record: it was there before the disruption, and it was
+        written, so scored, no earlier than a window before it. None: not scored yet."""
+        return any(
+            arrived_ms <= t + self.grace_ms and (scored_ms is None or t - self.window_ms <= scored_ms) for t in self.times_ms
+        )
+
     def after(self, ms: int) -> int:
         """How many came after `ms`."""
         return sum(t >= ms for t in self.times_ms)
@@ -283,7 +290,7 @@ def check(
     homes = Counter(key for _, key in past.users)
     report.strange += [f"{key.decode()} has events in {n} partitions" for key, n in homes.items() if n > 1]
     missing = _check_scores(world, past, scores, letters, allowed, complete, report)
-    _check_ingest(world, ledger, past, letters, allowed, complete, report)
+    _check_ingest(world, ledger, past, scores, letters, allowed, complete, report)
     _check_rows(world, past, fold_config, complete, scorer is not None, report)
     _check_events_offsets(world, past, missing, report)
     if past.p is not None:
@@ -293,6 +300,7 @@ def check(
         "users": len(past.users),
         "scores": sum(map(len, scores.values())),
         "scores_repeated": sum(map(len, scores.values())) - int((past.status != DUPLICATE).sum()) + len(missing),
+        "events_repeated": len(past.events) - sum(s.event_id is not None for s in ledger),
         "duplicates": int((past.status == DUPLICATE).sum()),
         "dead_letters": sum(map(len, letters.values())),
         "changelog_rows": sum(map(len, world.partitions[world.changelog])),
@@ -409,6 +417,7 @@ def _check_ingest(
     world: World,
     ledger: Ledger,
     past: Replay,
+    scores: dict[str, list[Score]],
     letters: dict[Place, list[Letter]],
     allowed: Disruptions,
     complete: bool,
@@ -444,8 +453,7 @@ def _check_ingest(
         if event_id not in sent_ids:
             report.strange.append(f"{event_id} is in `events` and nobody has sent it")
         else:
-            times = [e.timestamp_ms for e in events]
-            _check_repeats(f"event {event_id}", times, sent_ids[event_id], allowed, report)
+            _check_ingested_once(event_id, events, sent_ids[event_id], scores, allowed, report)
     sent_places = {(s.topic, s.partition, s.offset) for s in ledger}
     for place in letters.keys() - sent_places:
         report.strange.append(f"dead letter of {place}: nobody has sent that record")
@@ -453,6 +461,14 @@ def _check_ingest(
     for tp, offset in first_missing.items():
         if world.committed.get(tp, 0) > offset:
             report.over_committed.append(f"{tp.topic}[{tp.partition}]: committed {world.committed[tp]}, {offset} is lost")
+
+
+def _check_ingested_once(
+    event_id: str, events: list[Event], due: int, scores: dict[str, list[Score]], allowed: Disruptions, report: Report
+) -> None:
+    scored_ms = min((s.record.scored_at for s in scores.get(event_id, [])), default=None)
+    if len(events) > due and not allowed.explain_event(events[0].timestamp_ms, scored_ms):
+        report.repeated.append(f"event {event_id}: {len(events)} times in `events`, {due} due; no disruption near")
 
 
 def _check_duplicates(ledger: Ledger, past: Replay, in_events: dict[str, list[Event]], report: Report) -> None:
