@@ -88,7 +88,7 @@ class Consumer(driver.Consumer):
             return
         for ktp, batch in records.items():
             tp = ensure_TP(ktp)
-            if not self.flow_active or self.app.consumer_generation_id != generation:
+            if not self.flow_active or self.app.consumer_generation_id != generation or seeks != self._seeks:
                 break
             # Also of a partition that was paused since: its position has moved past these records, and without a
             # rebalance nothing would seek back to them.
@@ -106,10 +106,20 @@ class Consumer(driver.Consumer):
         return True
 
     async def perform_seek(self) -> None:
-        """Back to what is committed. Stages are told, so that they expect those offsets again."""
+        """Back to what is committed, to the start where nothing is. Stages are told, so that they expect those offsets again.
+
+        Faust lets stream partitions be fetched before this seek: a fetch that overlaps it, at either end, is not to be
+        yielded, since it would come again, and its partitions have moved on, so `getmany` seeks once more.
+        """
         self._seeks += 1
         self._read_offset.clear()
         await super().perform_seek()
+        changelogs = self.app.tables.changelog_topics
+        for tp in self.assignment():
+            # aiokafka's seek_to_committed leaves a partition without a committed offset wherever it is.
+            if tp.topic not in changelogs and not self._read_offset.get(tp):
+                await self.seek(tp, 0)
+        self._seeks += 1
         self.committer.on_seek({tp: offset for tp, offset in self._committed_offset.items() if offset is not None})
 
     async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
