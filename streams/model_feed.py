@@ -90,9 +90,7 @@ class ModelFeed:
 
     def _load(self, version: ModelVersion) -> Scorer:
         settings = self._settings
-        model = load(
-            settings.store.uri, settings.store.name, version, fold=settings.fold, size=settings.worker.size
-        )
+        model = load(settings.store.uri, settings.store.name, version, fold=settings.fold, size=settings.worker.size)
         return self._scorer(model)
 
     def _scorer(self, model: Model) -> Scorer:

@@ -106,7 +106,7 @@ class Consumer(driver.Consumer):
         return True
 
     async def perform_seek(self) -> None:
-        """Back to what is committed, to the start where nothing is. Stages are told, so that they expect those offsets again.
+        """Back to what is committed, to the start where nothing is. The committer is told.
 
         Faust lets stream partitions be fetched before this seek: a fetch that overlaps it, at either end, is not to be
         yielded, since it would come again, and its partitions have moved on, so `getmany` seeks once more.
