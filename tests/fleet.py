@@ -33,6 +33,8 @@ from models.scorer import Scorer
 from streams.kafka import client_options, connected, create_topics, end_offsets
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCE_CONFIG = {"max.message.bytes": str(4 << 20)}
+"""A producer may send more than ingest takes."""
 SOURCE_PARTITIONS = 2
 """Of each of the platform's two topics."""
 N_USERS = 40
@@ -146,7 +148,7 @@ class Fleet:
         """Topics, the model, the producer; at the end every process that is left is killed."""
         self._write_files()
         options = client_options(self.kafka)
-        await create_topics(self.kafka, self.topics, [(source, SOURCE_PARTITIONS, {}) for source in self.sources])
+        await create_topics(self.kafka, self.topics, [(source, SOURCE_PARTITIONS, SOURCE_CONFIG) for source in self.sources])
         async with (
             AIOKafkaProducer(**options, linger_ms=5, enable_idempotence=self.kafka.idempotence) as self._producer,
             AIOKafkaConsumer(**options, group_id=self.app_id, enable_auto_commit=False) as self._group,
