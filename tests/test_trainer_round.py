@@ -2,8 +2,12 @@
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import urllib.request
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -21,6 +25,7 @@ from trainer.history import HistoryStore
 from trainer.run import run_trainer
 from trainer.train import Trained
 
+ROOT = Path(__file__).resolve().parent.parent
 EVENTS = make_canonical(260, days=30)
 
 
@@ -258,3 +263,37 @@ def report(loss: float, hit_rate: float = 0.5, n: int = 500, finite: bool = True
 def test_the_gate(candidate, incumbent, outcome):
     result = run._decide(Trained(None, "major", 1, 0.0), candidate, incumbent, 10)
     assert result.outcome == outcome and result.reason
+
+
+@pytest.mark.broker
+async def test_it_runs_where_nothing_of_the_streams_can_be_imported(settings, tmp_path):
+    """The broker and the stores are all that it reads: no simulator, no platform file, no worker."""
+    await produce(settings, [*EVENTS])
+    copy = tmp_path / "copy"
+    for package in ("models", "trainer"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import asyncio, importlib.abc, os, sys\n"
+        "class Gone(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('streams', 'crosscurrent'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Gone())\n"
+        f"sys.path.insert(0, {str(copy)!r})\n"
+        "import trainer.run\n"
+        f"assert trainer.run.__file__.startswith({str(copy)!r})\n"
+        "from models.config import Settings\n"
+        "settings = Settings.model_validate_json(sys.stdin.read())\n"
+        "(result,) = asyncio.run(trainer.run.run_trainer(settings, once=True))\n"
+        "print(result.outcome, result.version)\n"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", code],
+        input=settings.model_dump_json(),
+        capture_output=True,
+        text=True,
+        cwd=copy,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-2:] == ["published", "student/000001"]
