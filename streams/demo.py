@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -628,6 +629,7 @@ def write_toml(settings: Settings, path: Path) -> None:
 
 def run_demo(settings: Settings, seconds: float | None, json_output: bool, data: Path | None, label: Labeller) -> int:
     """Runs the demo for `seconds`, or until Ctrl-C. Returns the exit code: 0, or 1 where an event was lost."""
+    logging.getLogger("aiokafka").setLevel(logging.WARNING)  # its news of our own readers would break the table
     console = Console(stderr=json_output)
     now_ms = int(time.time() * 1000)
     source = data_source(data, now_ms) if data is not None else simulated_source(now_ms)
