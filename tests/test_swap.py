@@ -63,7 +63,7 @@ async def refused(fleet: Fleet, worker: WorkerProcess, reason: str, already: int
 
 async def models_seen(fleet: Fleet) -> list[str]:
     """Models in `scores`, by the first score of each."""
-    world = await oracle.read(fleet.kafka, fleet.topics, fleet.app_id, [fleet.source])
+    world = await oracle.read(fleet.kafka, fleet.topics, fleet.app_id, fleet.sources)
     first: dict[str, int] = {}
     for record in (record for partition in world.partitions[fleet.topics.scores] for record in partition):
         score = msgspec.json.decode(record.value)
