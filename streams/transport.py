@@ -72,6 +72,7 @@ class Consumer(driver.Consumer):
         super().__init__(*args, **kwargs)
         self.committer = self.app.committer
         self._seeks = 0
+        self._seeking = asyncio.Lock()
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -82,8 +83,8 @@ class Consumer(driver.Consumer):
         generation = self.app.consumer_generation_id
         if records is None or self.should_stop:
             return
-        if not self.flow_active or (records and seeks != self._seeks):
-            # Fetched before a seek or while stopped: the positions have moved past records that nobody saw.
+        if not self.flow_active or (records and (seeks != self._seeks or self._seeking.locked())):
+            # Fetched before or during a seek, or while stopped: the positions have moved past records that nobody saw.
             await self.perform_seek()
             return
         for ktp, batch in records.items():
@@ -108,19 +109,19 @@ class Consumer(driver.Consumer):
     async def perform_seek(self) -> None:
         """Back to what is committed, to the start where nothing is. The committer is told.
 
-        Faust lets stream partitions be fetched before this seek: a fetch that overlaps it, at either end, is not to be
-        yielded, since it would come again, and its partitions have moved on, so `getmany` seeks once more.
+        Faust lets stream partitions be fetched while this goes on: a fetch that overlaps it is not to be yielded, since it
+        would come again, and its partitions may have moved on after their seek, so `getmany` then seeks once more.
         """
-        self._seeks += 1
-        self._read_offset.clear()
-        await super().perform_seek()
-        changelogs = self.app.tables.changelog_topics
-        for tp in self.assignment():
-            # aiokafka's seek_to_committed leaves a partition without a committed offset wherever it is.
-            if tp.topic not in changelogs and not self._read_offset.get(tp):
-                await self.seek(tp, 0)
-        self._seeks += 1
-        self.committer.on_seek({tp: offset for tp, offset in self._committed_offset.items() if offset is not None})
+        async with self._seeking:
+            self._seeks += 1
+            self._read_offset.clear()
+            await super().perform_seek()
+            changelogs = self.app.tables.changelog_topics
+            for tp in self.assignment():
+                # aiokafka's seek_to_committed leaves a partition without a committed offset wherever it is.
+                if tp.topic not in changelogs and not self._read_offset.get(tp):
+                    await self.seek(tp, 0)
+            self.committer.on_seek({tp: offset for tp, offset in self._committed_offset.items() if offset is not None})
 
     async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
         return await self.committer.commit()

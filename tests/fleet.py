@@ -101,15 +101,16 @@ enabled = false
 
 
 class WorkerProcess:
-    """`crosscurrent worker` with a log file."""
+    """`crosscurrent worker` with a log file. `prelude`: Python that its process runs first."""
 
-    def __init__(self, name: str, config: Path, log_path: Path, kill_at: str | None) -> None:
+    def __init__(self, name: str, config: Path, log_path: Path, kill_at: str | None, prelude: str) -> None:
         self.name, self.log_path = name, log_path
         env = {k: v for k, v in os.environ.items() if not k.startswith("CROSSCURRENT_")}
         if kill_at:
             env["CROSSCURRENT_KILL_AT"] = kill_at
         with open(log_path, "wb") as log:
-            command = [sys.executable, "-m", "crosscurrent", "worker", "--config", str(config)]
+            program = f"{prelude}\nimport sys, crosscurrent\nsys.exit(crosscurrent.main())"
+            command = [sys.executable, "-c", program, "worker", "--config", str(config)]
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def signal(self, signum: signal.Signals) -> None:
@@ -191,9 +192,9 @@ class Fleet:
 
     # -- workers
 
-    def start(self, kill_at: str | None = None) -> WorkerProcess:
+    def start(self, kill_at: str | None = None, prelude: str = "") -> WorkerProcess:
         name = f"worker-{len(self.workers)}"
-        worker = WorkerProcess(name, self.config, self.folder / f"{name}.log", kill_at)
+        worker = WorkerProcess(name, self.config, self.folder / f"{name}.log", kill_at, prelude)
         self.workers.append(worker)
         return worker
 

@@ -101,6 +101,34 @@ async def test_one_joins_and_one_leaves(fleet: Fleet):
     assert info["scores_repeated"] == info["events_repeated"] == 0
 
 
+SLOW_SEEK = """
+import asyncio
+from streams import transport
+
+seek_to_committed = transport.ConsumerThread.seek_to_committed
+
+async def slow(self):
+    await asyncio.sleep(6)  # a fetch that began before the seek ends within 5 s
+    offsets = await seek_to_committed(self)
+    await asyncio.sleep(1)
+    return offsets
+
+transport.ConsumerThread.seek_to_committed = slow
+"""
+
+
+async def test_what_is_fetched_during_a_seek_is_not_taken_twice(fleet: Fleet):
+    """Faust fetches stream partitions while it seeks them to what is committed: on a busy machine, for a long time."""
+    async with fleet.fed():
+        first = fleet.start(prelude=SLOW_SEEK)
+        await fleet.committing()
+        await fleet.drain(first)
+        second = fleet.start(prelude=SLOW_SEEK)
+        await fleet.committing(500)
+    info = await finish(fleet, second)
+    assert info["scores_repeated"] == info["events_repeated"] == 0
+
+
 async def test_sleeper_is_fenced(fleet: Fleet):
     """SIGSTOP for longer than the session: another takes over, and the sleeper exits when it wakes."""
     async with fleet.fed():

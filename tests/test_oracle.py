@@ -222,6 +222,26 @@ async def test_duplicates_of_a_declared_crash_are_allowed_within_one_interval(to
     only(oracle.check(world, toy.ledger, disruptions=[crash - 2000], repeat_window_ms=1000), "repeated")
 
 
+def test_each_copy_too_many_in_events_needs_an_earlier_one_that_a_disruption_explains():
+    allowed = oracle.Disruptions([10_000], window_ms=1000)
+
+    def judged(due: int, *copies: tuple[int, int | None]) -> bool:
+        report = Report()
+        oracle._check_ingested_once("e1", list(copies), due, allowed, report)
+        return not report.repeated
+
+    old, near, after = (5000, 5100), (9800, 9900), (11_000, 11_100)
+    assert judged(2, old, near)
+    assert judged(1, near, after)
+    assert judged(1, (9800, None), after)
+    assert not judged(1, old, near)
+    assert not judged(1, after, after)
+    # Sent twice by the producer: the second copy is the one that came again.
+    assert judged(2, old, near, after)
+    assert not judged(2, old, old, near)
+    assert not judged(1, old, near, after)
+
+
 async def test_overcommitted_offset(toy: Toy):
     toy.commit = lambda partition, end: end + 3 if partition == 2 else end
     report = await judge(toy)
