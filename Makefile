@@ -32,7 +32,7 @@ test: setup  ## all tests, on the embedded broker; those on real data skip where
 	$(BIN)/python -m pytest $(ARGS)
 
 test-unit: setup  ## the tests that need no broker
-	$(BIN)/python -m pytest -m "not broker" $(ARGS)
+	$(BIN)/python -m pytest -m "not broker and not demo" $(ARGS)
 
 kafka: setup  ## Apache Kafka on this machine, PORT=9092, in the background
 	$(BIN)/python deploy/kafka/local_kafka.py start --port $(PORT)

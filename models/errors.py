@@ -55,10 +55,13 @@ class CorruptRowError(StateError):
     """A row has the wrong length or checksum."""
 
 
+MODEL_REFUSAL_REASONS = ("path", "missing", "sum", "manifest", "abi", "golden", "nonfinite", "fold")
+
+
 class ArtifactError(CrosscurrentError):
     """A model artifact is refused.
 
-    `reason` is one of `path, missing, sum, manifest, abi, golden, nonfinite, fold` (a metric label).
+    `reason` is one of MODEL_REFUSAL_REASONS (a metric label).
     """
 
     def __init__(self, reason: str, detail: str) -> None:

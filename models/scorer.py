@@ -153,6 +153,19 @@ class Scores(NamedTuple):
     """float32 in [0, 1]; NaN none."""
 
 
+class Folded(NamedTuple):
+    """What the fold makes of a batch of N events: arguments of `Scorer.score`."""
+
+    features: np.ndarray
+    """float32 (N, 77)."""
+    dt_s: np.ndarray
+    """float32 (N,)."""
+    status: np.ndarray
+    """uint8 (N,) of models/fold.py."""
+    views: np.ndarray | None
+    """(N,) of `view_dtype`; None for a model without a student."""
+
+
 class Scorer:
     """Serves one model on one device (`auto`, `cpu`, `cuda[:n]`). Not for several threads at once."""
 
@@ -169,8 +182,12 @@ class Scorer:
         self._recurrence_id = model.recurrence_id
 
     def run(self, rows: np.ndarray, slots: np.ndarray, events: np.ndarray) -> tuple[Scores, np.ndarray]:
-        """The whole path: folds the events (N,) of EVENT, in offset order within a user, into rows[slots] and scores
-        each. → (Scores, status (N,) uint8 of models/fold.py). Changes the rows, `h` included."""
+        """The whole path: `fold`, then `score`. → (Scores, status (N,) uint8 of models/fold.py)."""
+        folded = self.fold(rows, slots, events)
+        return self.score(rows, slots, events, *folded), folded.status
+
+    def fold(self, rows: np.ndarray, slots: np.ndarray, events: np.ndarray) -> Folded:
+        """Folds the events (N,) of EVENT, in offset order within a user, into rows[slots], `prepare` included."""
         n = len(events)
         features_NF, dt_s_N = np.empty((n, N_FEATURES), np.float32), np.empty(n, np.float32)
         status_N, views = np.empty(n, np.uint8), None
@@ -180,7 +197,7 @@ class Scorer:
         else:
             views = np.empty(n, view_dtype(self.model.config.size))
             fold_with_views(rows, slots, events, self._params, features_NF, dt_s_N, status_N, views)
-        return self.score(rows, slots, events, features_NF, dt_s_N, status_N, views), status_N
+        return Folded(features_NF, dt_s_N, status_N, views)
 
     def prepare(self, rows: np.ndarray, slots: np.ndarray) -> int:
         """Before the fold: rebuilds `h` of those rows[slots] whose `h` belongs to another recurrence, from their ring,

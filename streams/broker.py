@@ -38,6 +38,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def free_or_other(port: int) -> int:
+    """`port` where nobody listens on it on loopback, else a free one; so too for 0."""
+    return free_port() if port == 0 or listening(port) else port
+
+
 def listening(port: int) -> bool:
     """True when somebody accepts connections on `port` of loopback."""
     try:

@@ -44,7 +44,7 @@ from sklearn.metrics import roc_auc_score
 from models.config import Settings
 from models.errors import ConfigError, EventRefused
 from models.events import BINARY_HEADS, HEADS, CanonicalEvent, IdentityLink, hash64
-from streams.broker import EmbeddedBroker, die_with_parent
+from streams.broker import EmbeddedBroker, die_with_parent, free_or_other
 from streams.codec import columns, encode_json
 from streams.commit import NO_HEADERS, Sender
 from streams.dead_letters import decode_headers
@@ -565,6 +565,8 @@ class Demo:
         table.add_row("model", f"[bold]{seen.model}[/bold] · {age}")
         table.add_row("refused", ", ".join(f"{reason} {n:,}" for reason, n in seen.refused.most_common()) or "0")
         table.add_row("duplicates dropped", f"{seen.duplicates:,}")
+        metrics = self.settings.metrics
+        table.add_row("metrics", f"http://{metrics.host}:{metrics.port}/metrics, :{metrics.trainer_port} of the trainer")
         for platform, heads in sorted(seen.auc.items()):
             table.add_row(f"AUC {platform}", "  ".join(f"{head} {value:.3f}" for head, value in heads.items()))
         if not seen.auc:
@@ -608,7 +610,8 @@ def demo_settings(settings: Settings, bootstrap: str, folder: Path, platforms: t
     changed["store"] |= {"uri": str(folder / "store")}
     changed["trainer"] |= {"history_uri": str(folder / "history"), "interval_s": 30.0, "min_events": 20_000}
     changed["trainer"] |= {"max_events": 150_000, "epochs": 2}
-    changed["metrics"] |= {"port": 0, "trainer_port": 0}
+    ports = {name: free_or_other(changed["metrics"][name]) for name in ("port", "trainer_port")}
+    changed["metrics"] |= {"host": "127.0.0.1"} | ports
     return Settings.model_validate(changed)
 
 

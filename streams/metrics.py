@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
-from models.errors import ConfigError
+from models.errors import MODEL_REFUSAL_REASONS, ConfigError
 
 PREFIX = "crosscurrent"
 STAGES = ("decode", "slots", "fold", "score", "encode", "send", "canonicalise")
@@ -116,6 +116,10 @@ class Metrics:
         )
         self.model_loads = counter("model_loads", "Announced models tried, by outcome (loaded, refused).", "outcome")
         self.model_refusals = counter("model_refusals", "Announced models refused.", "reason")
+        for outcome in ("loaded", "refused"):
+            self.model_loads.labels(outcome)
+        for reason in MODEL_REFUSAL_REASONS:
+            self.model_refusals.labels(reason)  # a counter that starts at 0 has a rate from its first refusal on
         self.swap_pause_seconds = histogram("swap_pause_seconds", "Pause of scoring for a new model.", _PAUSE_S)
         self.degraded = gauge("degraded", "1 while something less than a published model scores (the prior).")
 

@@ -108,11 +108,14 @@ class ScoreStage:
         arena = self._arena
         with self._metrics.stage["slots"].time():
             slots = arena.slots(partition, keys)
-        with self._metrics.stage["score"].time():
-            scores, status = self._feed.current.run(arena.rows, slots, batch)
+        scorer = self._feed.current
+        with self._metrics.stage["fold"].time():
+            folded = scorer.fold(arena.rows, slots, batch)
             arena.mark_dirty(slots)
+        with self._metrics.stage["score"].time():
+            scores = scorer.score(arena.rows, slots, batch, *folded)
         self._mask(scores, self._can_have[batch["platform"]])
-        return scores, arena.rows["n_events"][slots] <= COLD_EVENTS, status
+        return scores, arena.rows["n_events"][slots] <= COLD_EVENTS, folded.status
 
     def _mask(self, scores: Scores, can_have_N4: np.ndarray) -> None:
         """Nulls the heads that a platform cannot have: the prior and a model that does not know it answer them all."""

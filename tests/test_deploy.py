@@ -1,30 +1,30 @@
-"""deploy/: every query of the dashboard returns data from a real Prometheus that scraped our real exporters, and the
-files of the deployment are well-formed and name only settings that exist."""
+"""A whole demo, the dashboard on what Prometheus scraped of it, and the files of the deployment."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import yaml
 
 from crosscurrent import load_settings
 from models.config import MetricsConfig
 from streams.broker import ChildProcess, free_port
-from streams.metrics import STAGES, Health, Metrics, OpsServer
-from trainer.run import _Metrics as TrainerMetrics
+from streams.metrics import Metrics
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/crosscurrent.json").read_text())
@@ -36,51 +36,7 @@ needs_prometheus = pytest.mark.skipif(
 )
 
 
-# ── the dashboard against Prometheus ─────────────────────────────────────────────────────────────────────────────────
-
-
-def feed_worker(metrics: Metrics, rng: np.random.Generator) -> None:
-    """What a working worker would count in a moment: something of everything."""
-    for platform in ("sim_metro", "sim_grocer"):
-        for stage in ("ingest", "score"):
-            metrics.events.labels(platform, stage).inc(100)
-            metrics.refused.labels(platform, "missing", stage).inc()
-        metrics.duplicates.labels(platform).inc(2)
-        metrics.late.labels(platform).inc(3)
-        metrics.scores.labels(platform).inc(98)
-    for stage in ("ingest", "score"):
-        metrics.batch_events.labels(stage).observe(200)
-    for stage in STAGES:
-        metrics.stage[stage].observe(0.002)
-    metrics.event_to_score_seconds.observe_many(rng.exponential(0.03, 200))
-    metrics.lag_events.labels("events", 0).set(5)
-    metrics.commits.inc()
-    metrics.commit_seconds.observe(0.02)
-    metrics.changelog_rows.inc(50)
-    metrics.changelog_bytes.inc(50 * 1024)
-    metrics.rebalances.inc()
-    metrics.recovery_rows.inc(1000)
-    metrics.recovery_seconds.set(1.5)
-    metrics.recovery_in_progress.set(0)
-    metrics.state_rows.set(1000)
-    metrics.state_bytes.set(1_000_000)
-    metrics.set_model("student/000001", int(time.time() * 1000) - 60_000, degraded=False)
-    for outcome in ("loaded", "refused"):
-        metrics.model_loads.labels(outcome).inc()
-    metrics.model_refusals.labels("sum").inc()
-    metrics.swap_pause_seconds.observe(0.0004)
-
-
-def feed_trainer(metrics: TrainerMetrics) -> None:
-    metrics.rounds.labels("published").inc()
-    metrics.history_events.set(1e6)
-    metrics.round_seconds.set(12)
-    metrics.round_time.set(time.time())
-    metrics.published.info({"version": "student/000001", "kind": "major", "uri": "student/000001"})
-    for model in ("candidate", "incumbent"):
-        metrics.log_loss.labels("sim_metro", "click", model).set(0.5)
-        metrics.auc.labels("sim_metro", "click", model).set(0.7)
-        metrics.hit_rate.labels("sim_metro", "category", model).set(0.6)
+# ── a demo, and the dashboard on it ─────────────────────────────────────────────────────────────────────────────────
 
 
 class Prometheus:
@@ -122,32 +78,80 @@ class Prometheus:
         with urllib.request.urlopen(url, timeout=10) as answer:
             return json.load(answer)["data"]
 
-    def values(self, query: str) -> list[float]:
-        """The numbers of an instant query, NaN left out."""
-        found = [float(series["value"][1]) for series in self.ask("query", query=query)["result"]]
-        return [value for value in found if not math.isnan(value)]
+    def values(self, query: str, span_s: tuple[float, float]) -> list[float]:
+        """The numbers that a panel shows for that time, NaN left out."""
+        start, end = (f"{s:.3f}" for s in span_s)
+        found = self.ask("query_range", query=query, start=start, end=end, step="2")["result"]
+        numbers = [float(value) for series in found for _, value in series["values"]]
+        return [number for number in numbers if not math.isnan(number)]
+
+
+class Demo(NamedTuple):
+    """What a demo left behind that was told to stop once it had swapped a model in."""
+
+    result: dict[str, Any]
+    exit_code: int
+    prometheus: Prometheus | None
+    """Scraped the worker and the trainer throughout; None where there is none."""
+    span_s: tuple[float, float]
+    """When it ran, seconds since the epoch."""
+
+
+def scraped(port: int) -> str:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory) -> Iterator[Prometheus]:
-    """Prometheus after some seconds of scraping a fed worker and a fed trainer."""
-    metrics, trainer = Metrics(), TrainerMetrics(MetricsConfig(trainer_port=0))
-    server = OpsServer(metrics.registry, Health(), "127.0.0.1", 0)
-    rng = np.random.default_rng(0)
-    feed_worker(metrics, rng)
-    feed_trainer(trainer)
-    running = Prometheus(tmp_path_factory.mktemp("prometheus"), server.start(), trainer._server.server_port)
+def demo(tmp_path_factory) -> Iterator[Demo]:
+    folder = tmp_path_factory.mktemp("demo")
+    ports = {"PORT": free_port(), "TRAINER_PORT": free_port()}
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("CROSSCURRENT_")}
+    environ |= {f"CROSSCURRENT_METRICS__{name}": str(port) for name, port in ports.items()}
+    prometheus = Prometheus(folder, *ports.values()) if shutil.which("prometheus") else None
+    started_s = time.time()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crosscurrent", "demo", "--json"],
+        cwd=DEPLOY.parent,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=(folder / "demo.log").open("wb"),
+        text=True,
+    )
     try:
-        until = time.monotonic() + 30
-        while not running.values("count_over_time(crosscurrent_commits_total[1m]) >= 6") and time.monotonic() < until:
-            feed_worker(metrics, rng)
-            feed_trainer(trainer)
-            time.sleep(0.2)
-        yield running
+        until = time.monotonic() + 300
+        while 'model_info{model="student/' not in scraped(ports["PORT"]):
+            log = (folder / "demo.log").read_text(errors="replace")[-3000:]
+            assert process.poll() is None, log
+            assert time.monotonic() < until, f"no model was swapped in within 300 s\n{log}"
+            time.sleep(0.5)
+        time.sleep(5)  # a few more scrapes
+        span_s = started_s, time.time()
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=120)
+        yield Demo(json.loads(out.splitlines()[-1]), process.returncode, prometheus, span_s)
     finally:
-        running.process.stop()
-        server.close()
-        trainer.close()
+        process.kill()
+        process.communicate()
+        if prometheus is not None:
+            prometheus.process.stop()
+
+
+@pytest.mark.demo
+def test_a_demo_that_is_stopped_has_lost_nothing(demo):
+    result = demo.result
+    assert demo.exit_code == 0
+    assert result["lost"] == 0
+    assert result["models_published"] >= 1
+    assert result["model"].startswith("student/")
+    assert len(result["platforms"]) >= 3
+    assert result["events_in"] == result["refused"] + result["accepted"]
+    assert result["scored_distinct"] == result["accepted"] - result["duplicates"] > 10_000
+    assert min(result["refused"], result["duplicates"], result["p50_ms"]) > 0
+    assert {platform for platform, heads in result["auc"].items() if heads} == set(result["platforms"])
 
 
 def with_variables(text: str) -> str:
@@ -157,25 +161,28 @@ def with_variables(text: str) -> str:
     return text.replace("$__rate_interval", "30s")
 
 
+@pytest.mark.demo
 @needs_prometheus
 @pytest.mark.parametrize(("title", "query"), QUERIES, ids=[f"{title}-{i}" for i, (title, _) in enumerate(QUERIES)])
-def test_every_query_returns_data(prometheus, title, query):
+def test_every_query_returns_data(demo, title, query):
     query = with_variables(query)
     assert "$" not in query
-    assert prometheus.values(query), f"{title}: no data for {query}"
+    assert demo.prometheus.values(query, demo.span_s), f"{title}: no data for {query}"
 
 
+@pytest.mark.demo
 @needs_prometheus
-def test_every_variable_finds_values(prometheus):
+def test_every_variable_finds_values(demo):
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
             metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()
-            assert prometheus.ask(f"label/{label}/values", **{"match[]": metric}), variable["name"]
+            assert demo.prometheus.ask(f"label/{label}/values", **{"match[]": metric}), variable["name"]
 
 
+@pytest.mark.demo
 @needs_prometheus
-def test_a_query_for_nothing_returns_nothing(prometheus):
-    assert prometheus.values("crosscurrent_no_such_metric") == []
+def test_a_query_for_nothing_returns_nothing(demo):
+    assert demo.prometheus.values("crosscurrent_no_such_metric", demo.span_s) == []
 
 
 def test_every_metric_of_the_worker_is_on_the_dashboard():
