@@ -269,9 +269,11 @@ class Worker:
         ahead: deque[list[asyncio.Task]] = deque()
         try:
             async for event in stream.events():
-                for records in batches(event.value, self.settings.worker.max_batch):
+                for fetched in batches(event.value, self.settings.worker.max_batch):
                     if not self._is_current(event.message):
                         break
+                    if not (records := self._unseen(event.message.tp, fetched)):
+                        continue
                     if sends := stage.process(event.message.tp, records):  # none where all were duplicates
                         ahead.append(sends)
                     if len(ahead) > _SENDS_AHEAD:
@@ -282,9 +284,18 @@ class Worker:
             self.fatal(name, error)
 
     def _is_current(self, message: Any) -> bool:
-        """False for what was fetched before a rebalance or while one goes on: the consumer seeks back afterwards."""
+        """False for what was fetched before a rebalance or before the seek that ends it, which brings it back."""
         consumer = self.app.consumer
-        return consumer.flow_active and message.generation_id == self.app.consumer_generation_id
+        if not consumer.flow_active or message.generation_id != self.app.consumer_generation_id:
+            return False
+        return message.seek == consumer.seeks and not consumer.seeking
+
+    def _unseen(self, tp: TP, records: list[Any]) -> list[Any]:
+        """Without those that were processed since the seek: a partition's offsets are processed once and in order."""
+        position = self.committer.position(tp)
+        if records[0].offset >= position:
+            return records
+        return [record for record in records if record.offset >= position]
 
     # -- what happens around them
 

@@ -130,7 +130,7 @@ class Committer:
         return self._store.arena if self._store else None
 
     def position(self, tp: TP) -> int | None:
-        """The next offset expected of a source partition; None before its first batch."""
+        """The next offset expected of a source partition; None from its revocation to the seek after the rebalance."""
         return self._positions.get(tp)
 
     def register(self, send: asyncio.Future) -> None:
@@ -141,9 +141,11 @@ class Committer:
         """Everything before `next_offset` is folded and its sends are registered."""
         self._positions[tp] = max(next_offset, self._positions.get(tp, 0))
 
-    def on_seek(self, committed: dict[TP, int]) -> None:
-        """The consumer went back to what is committed."""
+    def on_seek(self, committed: dict[TP, int], starts: dict[TP, int]) -> None:
+        """The consumer went back to what is committed; `starts`: the next offset of each source partition."""
         self._committed.update(committed)
+        for tp, offset in starts.items():
+            self.processed(tp, offset)
 
     def on_revoked(self, revoked: Iterable[TP]) -> None:
         for tp in revoked:
@@ -165,7 +167,7 @@ class Committer:
         async with self._lock:
             started_s = time.monotonic()
             # step 1
-            offsets = {tp: offset for tp, offset in self._positions.items() if offset != self._committed.get(tp)}
+            offsets = {tp: offset for tp, offset in self._positions.items() if offset != self._committed.get(tp, 0)}
             dirty = self.arena.take_dirty() if self.arena is not None else {}
             sends, self._sends = self._sends, set()
             if not (offsets or dirty or sends):

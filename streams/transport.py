@@ -49,6 +49,34 @@ class BatchSchema(Schema):
         return decode
 
 
+class BatchMessage(ConsumerMessage):
+    """A fetched batch of one partition; its offset is that of its last record."""
+
+    seek: int
+    """`Consumer.seeks` when its fetch began: once there are more, the records will come again."""
+
+    @classmethod
+    def of(cls, tp: TP, batch: list[Any], generation: int, seek: int) -> BatchMessage:
+        last = batch[-1]
+        message = cls(
+            tp.topic,
+            tp.partition,
+            last.offset,
+            last.timestamp / 1000.0,
+            last.timestamp_type,
+            (),
+            None,
+            batch,
+            None,
+            0,
+            0,
+            tp,
+            generation_id=generation,
+        )
+        message.seek = seek
+        return message
+
+
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """The fetch thread: Faust's, with a configurable wait and end offsets that hold on every broker."""
 
@@ -71,29 +99,36 @@ class Consumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.committer = self.app.committer
-        self._seeks = 0
+        self.seeks = 0
+        """Of the stream partitions to what is committed, begun so far."""
         self._seeking = asyncio.Lock()
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
-        seeks = self._seeks
+        seek = self.seeks
         records, _ = await self._wait_next_records(timeout)
         generation = self.app.consumer_generation_id
-        if records is None or self.should_stop:
-            return
-        if not self.flow_active or (records and (seeks != self._seeks or self._seeking.locked())):
-            # Fetched before or during a seek, or while stopped: the positions have moved past records that nobody saw.
+        if not records or self.should_stop or not self.flow_active:
+            return  # where the flow has stopped, what comes next ends with a seek
+        overlapped = seek != self.seeks or self.seeking
+        if overlapped:
+            # The positions may have moved past these records after the seek put them back.
             await self.perform_seek()
-            return
+        changelogs = self.app.tables.changelog_topics
         for ktp, batch in records.items():
             tp = ensure_TP(ktp)
-            if not self.flow_active or self.app.consumer_generation_id != generation or seeks != self._seeks:
+            if not self.flow_active or self.app.consumer_generation_id != generation:
                 break
             # Also of a partition that was paused since: its position has moved past these records, and without a
             # rebalance nothing would seek back to them.
-            yield tp, _to_message(tp, batch, generation)
+            if tp.topic in changelogs or not overlapped:
+                yield tp, BatchMessage.of(tp, batch, generation, seek)
+
+    @property
+    def seeking(self) -> bool:
+        return self._seeking.locked()
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """Offsets within a batch are no gap."""
@@ -107,21 +142,29 @@ class Consumer(driver.Consumer):
         return True
 
     async def perform_seek(self) -> None:
-        """Back to what is committed, to the start where nothing is. The committer is told.
+        """Back to what is committed, to the first record where nothing is. The committer is told where each begins.
 
-        Faust lets stream partitions be fetched while this goes on: a fetch that overlaps it is not to be yielded, since it
-        would come again, and its partitions may have moved on after their seek, so `getmany` then seeks once more.
+        Faust lets stream partitions be fetched before this and while it goes on. Those records come again, so the agents
+        drop what was fetched before the last seek began, and `getmany` what a seek overlaps, after one more seek.
         """
         async with self._seeking:
-            self._seeks += 1
+            self.seeks += 1
             self._read_offset.clear()
             await super().perform_seek()
             changelogs = self.app.tables.changelog_topics
-            for tp in self.assignment():
-                # aiokafka's seek_to_committed leaves a partition without a committed offset wherever it is.
-                if tp.topic not in changelogs and not self._read_offset.get(tp):
-                    await self.seek(tp, 0)
-            self.committer.on_seek({tp: offset for tp, offset in self._committed_offset.items() if offset is not None})
+            streams = [tp for tp in self.assignment() if tp.topic not in changelogs]
+            earliest = await self.earliest_offsets(*streams) if streams else {}
+            starts = {}
+            for tp in streams:
+                committed, first = self._read_offset.get(tp) or 0, earliest[tp]
+                if committed and committed < first:
+                    log.error("consumer.records_removed", topic=tp.topic, partition=tp.partition, records=first - committed)
+                starts[tp] = max(committed, first)
+                if starts[tp] != committed or not committed:
+                    # aiokafka's seek_to_committed leaves a partition without a committed offset wherever it is.
+                    await self.seek(tp, starts[tp])
+            committed = {tp: offset for tp, offset in self._committed_offset.items() if offset is not None}
+            self.committer.on_seek(committed, starts)
 
     async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
         return await self.committer.commit()
@@ -148,25 +191,6 @@ class Consumer(driver.Consumer):
         self._committed_offset.update(mine)
         self.app.monitor.on_tp_commit(mine)
         return True
-
-
-def _to_message(tp: TP, batch: list[Any], generation: int) -> ConsumerMessage:
-    last = batch[-1]
-    return ConsumerMessage(
-        tp.topic,
-        tp.partition,
-        last.offset,
-        last.timestamp / 1000.0,
-        last.timestamp_type,
-        (),
-        None,
-        batch,
-        None,
-        0,
-        0,
-        tp,
-        generation_id=generation,
-    )
 
 
 class Producer(driver.Producer):
