@@ -288,7 +288,8 @@ class Worker:
         consumer = self.app.consumer
         if not consumer.flow_active or message.generation_id != self.app.consumer_generation_id:
             return False
-        return message.seek == consumer.seeks and not consumer.seeking
+        sought = self.committer.position(message.tp) is not None and not consumer.seeking
+        return sought and message.seek == consumer.seeks
 
     def _unseen(self, tp: TP, records: list[Any]) -> list[Any]:
         """Without those that were processed since the seek: a partition's offsets are processed once and in order."""
