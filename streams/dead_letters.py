@@ -1,7 +1,8 @@
 """The topic `dead_letters`: how a refused record is written there, listed and sent again.
 
-A dead letter keeps the refused record's key and bytes; what is known of the refusal is in its headers, one header a
-field of `models.events.DeadLetter`, as text. Bytes over 1 MiB are not kept: `sha256` and `size` stand for them.
+A dead letter keeps the refused record's key and bytes, no value where it had none; what is known of the refusal is in
+its headers, one header a field of `models.events.DeadLetter`, as text. Bytes over 1 MiB are not kept: `sha256` and
+`size` stand for them.
 Knows nothing of why a record is refused. Never shows a value: it can hold a raw user id.
 """
 
@@ -40,7 +41,7 @@ class Letter(NamedTuple):
     partition: int
     offset: int
     key: bytes | None
-    value: bytes
+    value: bytes | None
     meta: DeadLetter | None
 
     @property
@@ -63,10 +64,10 @@ def encode_headers(meta: DeadLetter) -> list[tuple[str, bytes]]:
     return [(name, str(value).encode()) for name, value in fields.items() if value is not None]
 
 
-def dead_letter(record: Any, stage: str, error: EventRefused, now_ms: int) -> tuple[bytes | None, bytes, int, list]:
+def dead_letter(record: Any, stage: str, error: EventRefused, now_ms: int) -> tuple[bytes | None, bytes | None, int, list]:
     """(key, value, timestamp, headers) of the dead letter of a fetched record."""
-    value = record.value or b""
-    large = len(value) > MAX_KEPT_BYTES
+    value = record.value
+    large = value is not None and len(value) > MAX_KEPT_BYTES
     meta = DeadLetter(
         source_topic=record.topic,
         source_partition=record.partition,
@@ -95,7 +96,7 @@ async def read(kafka: KafkaConfig, topic: str, reason: str | None = None) -> Asy
     async for record in _records(kafka, topic):
         meta = decode_headers(record.headers)
         if reason is None or (meta is not None and meta.reason == reason):
-            yield Letter(topic, record.partition, record.offset, record.key, record.value or b"", meta)
+            yield Letter(topic, record.partition, record.offset, record.key, record.value, meta)
 
 
 async def _records(kafka: KafkaConfig, topic: str) -> AsyncIterator[Any]:

@@ -19,7 +19,7 @@ from faust.types import TP
 
 from models.errors import CrosscurrentError, EventRefused
 from models.events import HEADS, SCORE_SCHEMA, CanonicalEvent, Probabilities, ScoreRecord, platform_code
-from models.fold import DUPLICATE, TOO_LATE
+from models.fold import DUPLICATE, FEATURE_NAMES, TOO_LATE
 from models.scorer import Scores
 from streams.arena import Arena
 from streams.codec import columns, decode_events, encode_json
@@ -31,7 +31,13 @@ from streams.model_feed import ModelFeed
 COLD_EVENTS = 3
 """A user with at most so many folded events is cold."""
 
+_LOG_EVENTS = FEATURE_NAMES.index("log_events")
 _DIGITS = 6
+
+
+def is_cold(features_NF: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether each event's user had at most COLD_EVENTS folded events right after it."""
+    return features_NF[:, _LOG_EVENTS] < np.log1p(COLD_EVENTS + 0.5)
 
 
 class ScoreStage:
@@ -115,7 +121,7 @@ class ScoreStage:
         with self._metrics.stage["score"].time():
             scores = scorer.score(arena.rows, slots, batch, *folded)
         self._mask(scores, self._can_have[batch["platform"]])
-        return scores, arena.rows["n_events"][slots] <= COLD_EVENTS, folded.status
+        return scores, is_cold(folded.features), folded.status
 
     def _mask(self, scores: Scores, can_have_N4: np.ndarray) -> None:
         """Nulls the heads that a platform cannot have: the prior and a model that does not know it answer them all."""

@@ -59,8 +59,9 @@ def bad(rng: random.Random, i: int) -> tuple[str, bytes]:
 @pytest.mark.broker
 async def test_a_thousand_malformed_events_cost_themselves_only(fleet: Fleet):
     rng = random.Random(7)
-    values = [bad(rng, i)[1] for i in range(N_BAD - 2)] + [
+    values = [bad(rng, i)[1] for i in range(N_BAD - 3)] + [
         LARGE,
+        None,
         b'{"id": 1' + b"0" * 400 + b', "price": 1' + b"0" * 400 + b"}",
     ]
     records = [(value, None) for value in values] + [(msgspec.json.encode(good(i)), f"good-{i}") for i in range(N_GOOD)]
