@@ -31,8 +31,8 @@ demo: setup  ## the whole thing in one terminal; ARGS="--seconds 60"
 test: setup  ## all tests, on the embedded broker; those on real data skip where CROSSCURRENT_DATA is absent
 	$(BIN)/python -m pytest $(ARGS)
 
-test-unit: setup  ## the tests that need no broker
-	$(BIN)/python -m pytest -m "not broker and not demo" $(ARGS)
+test-unit: setup  ## the tests that need neither a broker nor data, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not broker and not demo and not data" $(ARGS)
 
 kafka: setup  ## Apache Kafka on this machine, PORT=9092, in the background
 	$(BIN)/python deploy/kafka/local_kafka.py start --port $(PORT)

@@ -44,6 +44,11 @@ def loop(a_NH, b_NH, starts_N):
     return torch.stack(out)
 
 
+def assert_close(ours, theirs, rtol=1e-7, atol=1e-7):
+    """As `torch.testing.assert_close`, whose first call loads for three seconds."""
+    np.testing.assert_allclose(ours.detach().cpu().numpy(), theirs.detach().cpu().numpy(), rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 257])
 def test_the_scan_is_the_recurrence_and_so_is_its_gradient(n):
     torch.manual_seed(n)
@@ -58,9 +63,9 @@ def test_the_scan_is_the_recurrence_and_so_is_its_gradient(n):
         (h_NH * weight_NH).sum().backward()
         values.append(h_NH.detach())
         grads.append((a_NH.grad, b_NH.grad))
-    torch.testing.assert_close(values[0], values[1])
+    assert_close(values[0], values[1])
     for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 300])
@@ -68,7 +73,7 @@ def test_the_scan_by_doubling_is_the_scan(n):
     torch.manual_seed(n)
     a_NH, b_NH, starts_N = torch.rand(n, 4), torch.randn(n, 4), make_starts(n, n)
     doubled_NH = _scan_by_doubling(a_NH.masked_fill(starts_N[:, None], 0.0), b_NH)
-    torch.testing.assert_close(doubled_NH, linear_scan(a_NH, b_NH, starts_N), rtol=1e-5, atol=1e-6)
+    assert_close(doubled_NH, linear_scan(a_NH, b_NH, starts_N), rtol=1e-5, atol=1e-6)
 
 
 def test_a_sequence_says_the_same_alone_and_in_a_batch():
@@ -78,8 +83,8 @@ def test_a_sequence_says_the_same_alone_and_in_a_batch():
         bounds = [*torch.nonzero(starts_N).ravel().tolist(), 200]
         for start, stop in pairwise(bounds):
             alone_N3, alone_NG = student(take(columns, slice(start, stop)), starts_N[start:stop])
-            torch.testing.assert_close(alone_N3, logits_N3[start:stop], rtol=0, atol=1e-5)
-            torch.testing.assert_close(alone_NG, gates_NG[start:stop], rtol=0, atol=1e-5)
+            assert_close(alone_N3, logits_N3[start:stop], rtol=0, atol=1e-5)
+            assert_close(alone_NG, gates_NG[start:stop], rtol=0, atol=1e-5)
     assert logits_N3.std() > 0.1
     assert gates_NG.shape == (200, N_GATES)
 
@@ -120,9 +125,9 @@ def test_a_platform_has_its_own_heads_on_top_of_the_shared_ones():
         before_N3 = student(columns, starts_N)[0].clone()
         student.head_bias_PO[2, 0] += 1.0
         moved_N = student(columns, starts_N)[0][:, 0] - before_N3[:, 0]
-        torch.testing.assert_close(moved_N, (columns.platform_N == 2).float(), rtol=0, atol=1e-5)
+        assert_close(moved_N, (columns.platform_N == 2).float(), rtol=0, atol=1e-5)
         student.head_bias_PO[0, 0] += 1.0
-        torch.testing.assert_close(student(columns, starts_N)[0][:, 0] - before_N3[:, 0], moved_N + 1, rtol=0, atol=1e-5)
+        assert_close(student(columns, starts_N)[0][:, 0] - before_N3[:, 0], moved_N + 1, rtol=0, atol=1e-5)
 
 
 def test_the_recurrence_id_names_what_decides_h():
@@ -211,4 +216,4 @@ def test_cuda_says_and_learns_the_same():
         outs.append((logits_N3.detach().cpu(), gates_NG.detach().cpu()))
         grads.append([parameter.grad.cpu() for parameter in student.parameters()])
     for ours, theirs in zip([*outs[0], *grads[0]], [*outs[1], *grads[1]], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
