@@ -245,6 +245,7 @@ class Bench:
             count = await self.committed(group, sources)
             if what == "both" and not points and await self.committed(group, set(SIMULATED)) > already:
                 points.append((time.monotonic(), count, _cpu_s(worker.pid)))
+                idle_since = time.monotonic()
             if count and (not points or count != points[-1][1]):
                 points.append((time.monotonic(), count, _cpu_s(worker.pid)))
                 idle_since = time.monotonic()

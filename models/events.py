@@ -46,7 +46,7 @@ REFUSAL_REASONS: tuple[str, ...] = (
 )
 
 
-class CanonicalEvent(msgspec.Struct, omit_defaults=True, kw_only=True, forbid_unknown_fields=False):
+class CanonicalEvent(msgspec.Struct, omit_defaults=True, kw_only=True, forbid_unknown_fields=False, gc=False):
     """One shopper event in the one form that everything after ingest reads. Key: `user`."""
 
     event_id: Annotated[str, Meta(min_length=1, max_length=MAX_ID)]
@@ -69,7 +69,7 @@ class CanonicalEvent(msgspec.Struct, omit_defaults=True, kw_only=True, forbid_un
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
-class Probabilities(msgspec.Struct, kw_only=True):
+class Probabilities(msgspec.Struct, kw_only=True, gc=False):
     """Probabilities of what comes strictly after the event; null for a head that the platform cannot have."""
 
     click: Probability | None
@@ -77,7 +77,7 @@ class Probabilities(msgspec.Struct, kw_only=True):
     return_: Probability | None = msgspec.field(name="return")
 
 
-class ScoreRecord(msgspec.Struct, kw_only=True):
+class ScoreRecord(msgspec.Struct, kw_only=True, gc=False):
     """One score. Key: `user`. At least one for every accepted event; a repeat has the same `event_id`."""
 
     schema: int

@@ -136,14 +136,17 @@ class ScoreStage:
         """→ (score record of every event that is no duplicate, the Kafka times (ms) of those events)."""
         model = self._feed.current.model
         name, degraded = model.version, model.degraded
-        names = model.categories.names if model.categories is not None else []
+        # −1, none, is the last of the names; what is none comes after what is some.
+        names = np.array([*(model.categories.names if model.categories is not None else []), None], object)
         p = np.round(scores.p_N3.astype(np.float64), _DIGITS).tolist()
         shift = np.round(scores.shift_N.astype(np.float64), _DIGITS).tolist()
-        category = scores.category_N5.tolist()
+        top_names = names[scores.category_N5].tolist()
+        top_n = (scores.category_N5 >= 0).sum(axis=1).tolist()
         category_p = np.round(scores.category_p_N5.astype(np.float64), _DIGITS).tolist()
         out, received_ms = [], []
-        rows = zip(events, records, p, shift, category, category_p, cold.tolist(), status.tolist(), strict=True)
-        for event, record, (click, purchase, return_), drift, top, top_p, is_cold, how in rows:
+        top = zip(top_names, category_p, top_n, strict=True)
+        rows = zip(events, records, p, shift, top, cold.tolist(), status.tolist(), strict=True)
+        for event, record, (click, purchase, return_), drift, (top_name, top_p, n), is_cold, how in rows:
             if how == DUPLICATE:
                 continue
             score = ScoreRecord(
@@ -156,7 +159,7 @@ class ScoreStage:
                 model=name,
                 p=Probabilities(click=click, purchase=purchase, return_=return_),
                 churn=round(1.0 - return_, _DIGITS),
-                categories=[(names[c], q) for c, q in zip(top, top_p, strict=True) if c >= 0],
+                categories=list(zip(top_name[:n], top_p, strict=False)),
                 interest_shift=drift,
                 cold=is_cold,
                 degraded=degraded,
