@@ -58,6 +58,8 @@ WARM_UP_S = 5.0
 TRAINING_EVENTS = 80_000
 PARTITIONS = 4
 _DAY_MS = 86_400_000
+_IDLE_S = 15.0
+"""Nothing is left where nothing has been committed for so long."""
 
 
 def zipf_events(n: int, seed: int) -> Iterator[tuple[bytes, bytes]]:
@@ -239,21 +241,22 @@ class Bench:
         already: int,
     ) -> dict:
         points: list[tuple[float, int, float]] = []
-        idle_since = time.monotonic()
+        progress, idle_since = already, time.monotonic()
         while True:
             _check(worker, log)
             count = await self.committed(group, sources)
-            if what == "both" and not points and await self.committed(group, set(SIMULATED)) > already:
-                points.append((time.monotonic(), count, _cpu_s(worker.pid)))
-                idle_since = time.monotonic()
-            if count and (not points or count != points[-1][1]):
-                points.append((time.monotonic(), count, _cpu_s(worker.pid)))
-                idle_since = time.monotonic()
-            if points and (count >= n or time.monotonic() - idle_since > 5.0):
+            now, raw = time.monotonic(), await self.committed(group, set(SIMULATED)) if what == "both" else already
+            if count + raw > progress:
+                progress, idle_since = count + raw, now
+                if count or what == "both":
+                    points.append((now, count, _cpu_s(worker.pid)))
+            if points and (count >= n or now - idle_since > _IDLE_S):
                 break
-            if time.monotonic() - idle_since > 120:
+            if now - idle_since > 120:
                 raise SystemExit(f"nothing was committed for 120 s; see {log}")
             await asyncio.sleep(0.05)
+        # The last point is that of the last score: ingest may have ended before.
+        points = [p for p in points if p[1] < count] + [next(p for p in points if p[1] == count)]
         metrics = _metrics(log)
         # `both`: from the first commit of a raw event to the last score, since one stage may run ahead of the other.
         steady = points if what == "both" else [p for p in points if p[0] - points[0][0] >= WARM_UP_S][:-1]
