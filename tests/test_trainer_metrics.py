@@ -1,0 +1,136 @@
+"""Figures of merit against scikit-learn and against their definitions; the bootstrap's draws and its coverage."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as reference
+
+from trainer import metrics
+
+binary = st.lists(st.tuples(st.booleans(), st.integers(0, 6), st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=60)
+
+
+def columns(drawn) -> tuple[np.ndarray, ...]:
+    y, score, user, w = (np.array(column) for column in zip(*drawn, strict=True))
+    return y.astype(np.uint8), score / 6.0, user, w.astype(float)
+
+
+@given(binary)
+@settings(max_examples=60, deadline=None)
+def test_auc_and_average_precision_are_those_of_scikit_learn(drawn):
+    y, score, _, w = columns(drawn)
+    if len(set(y[w > 0])) == 2:
+        assert metrics.auc(y, score, w) == pytest.approx(reference.roc_auc_score(y, score, sample_weight=w))
+        assert metrics.average_precision(y, score, w) == pytest.approx(
+            reference.average_precision_score(y, score, sample_weight=w)
+        )
+    else:
+        assert np.isnan(metrics.auc(y, score, w))
+
+
+@given(binary)
+@settings(max_examples=40, deadline=None)
+def test_a_weight_is_how_often_an_event_occurs(drawn):
+    y, score, user, w = columns(drawn)
+    again = np.repeat(np.arange(len(y)), w.astype(int))
+    for figure in (metrics.auc, metrics.average_precision, metrics.log_loss):
+        np.testing.assert_allclose(figure(y, score, w), figure(y[again], score[again]))
+    np.testing.assert_allclose(
+        metrics.grouped_auc(y, score, user, w), metrics.grouped_auc(y[again], score[again], user[again])
+    )
+
+
+def test_grouped_auc_sees_only_the_order_within_users():
+    y, user = np.array([0, 1, 0, 1, 1]), np.array([0, 0, 1, 1, 2])
+    score = np.array([0.8, 0.9, 0.2, 0.1, 0.5])
+    assert metrics.grouped_auc(y, score, user) == pytest.approx(0.5)
+    assert metrics.grouped_auc(y, score + user, user) == pytest.approx(0.5)
+    assert np.isnan(metrics.grouped_auc(y[4:], score[4:], user[4:]))
+
+
+def test_log_loss_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    p = rng.random(500)
+    y = rng.random(500) < p
+    assert metrics.log_loss(y, p) == pytest.approx(reference.log_loss(y, p))
+    assert metrics.log_loss(np.array([1]), np.array([0.0])) == pytest.approx(-np.log(metrics.EPSILON))
+
+
+def test_calibration_error_of_the_truth_is_about_zero_and_of_an_error_is_the_error():
+    rng = np.random.default_rng(1)
+    honest, plain = [], []
+    for _ in range(40):
+        p = rng.beta(2, 5, 3000)
+        y = rng.random(3000) < p
+        honest.append(metrics.ece(y, p))
+        plain.append(np.mean([abs(p[k].mean() - y[k].mean()) for k in np.array_split(np.argsort(p), 15)]))
+    assert np.mean(honest) < 0.4 * np.mean(plain)
+    assert np.mean(np.array(honest) == 0.0) > 0.3  # as often too low as too high
+    p = rng.beta(2, 5, 200_000) * 0.8
+    y = rng.random(200_000) < p + 0.05
+    assert metrics.ece(y, p) == pytest.approx(0.05, abs=0.004)
+    assert metrics.predicted_over_actual(y, p) == pytest.approx(p.mean() / (p.mean() + 0.05), abs=0.01)
+
+
+def test_at_threshold():
+    y, p = np.array([1, 1, 0, 0, 0]), np.array([0.9, 0.2, 0.6, 0.1, 0.5])
+    assert metrics.at_threshold(y, p, 0.5) == (pytest.approx(0.4), pytest.approx(1 / 3), 0.5, pytest.approx(0.4))
+    assert np.isnan(metrics.at_threshold(y, p, 2.0).precision)
+
+
+def test_a_tie_counts_against_the_model():
+    scores = np.array([[0.5, 0.5, 0.5, 0.1], [0.9, 0.5, 0.5, 0.1], [0.0, 0.0, 0.0, 0.0]])
+    rank = metrics.ranks(scores, np.array([1, 0, 2]))
+    assert rank.tolist() == [3, 1, 4]
+    assert metrics.hit_rates(rank, 3).tolist() == [1, 1, 0]
+    np.testing.assert_allclose(metrics.ndcgs(rank), [0.5, 1.0, 1 / np.log2(5)])
+    np.testing.assert_allclose(metrics.mrrs(rank, 3), [1 / 3, 1.0, 0.0])
+
+
+def test_resamples_take_users_whole_and_are_the_same_for_every_model():
+    user = np.array([5, 5, 9, 7, 9, 5])
+    ours, again = metrics.Resamples(user, 50, seed=3), metrics.Resamples(user, 50, seed=3)
+    for draw in range(50):
+        w = ours.weights(draw)
+        assert (w == again.weights(draw)).all()
+        assert w[0] == w[1] == w[5] and w[2] == w[4]
+        assert w[0] + w[2] + w[3] == 3
+    values = np.arange(6.0)
+    np.testing.assert_allclose(ours.mean(values), ours.of(lambda w: values @ w / w.sum()))
+
+
+def test_bootstrapped_figures_are_the_figures_under_the_weights():
+    rng = np.random.default_rng(2)
+    user, y, score = rng.integers(0, 40, 300), rng.random(300) < 0.3, rng.integers(0, 20, 300) / 20
+    resamples = metrics.Resamples(user, 20)
+    np.testing.assert_allclose(resamples.auc(y, score), resamples.of(lambda w: metrics.auc(y, score, w)))
+    np.testing.assert_allclose(
+        resamples.average_precision(y, score), resamples.of(lambda w: metrics.average_precision(y, score, w))
+    )
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    """Users with their own rates: an interval that took events for independent would be too narrow."""
+    rng = np.random.default_rng(4)
+    covered = 0
+    for seed in range(100):
+        rate_U = rng.beta(2, 2, 80)
+        user = np.repeat(np.arange(80), 20)
+        y = (rng.random(1600) < rate_U[user]).astype(float)
+        at = metrics.interval(y.mean(), metrics.Resamples(user, 200, seed).mean(y))
+        covered += not at.excludes(0.5)
+    assert 85 <= covered <= 100
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.auc(np.array([0, 1]), np.array([0.1, np.nan]))
+
+
+def test_holm_rejects_from_the_smallest_on_until_one_fails():
+    assert metrics.holm([0.04, 0.001, 0.02]) == [True, True, True]
+    assert metrics.holm([0.06, 0.001, 0.02]) == [False, True, True]
+    assert metrics.holm([0.02, 0.03, 0.9]) == [False, False, False]
+    assert metrics.holm([0.01, 0.03, 0.9]) == [True, False, False]
+    assert metrics.holm([]) == []
