@@ -403,6 +403,99 @@ def _model_row(manifest: Any) -> dict[str, Any]:
     }
 
 
+@models_app.command("show")
+def models_show(
+    version: Annotated[
+        str | None, typer.Argument(metavar="[VERSION]", help="As `models list` names it; default: newest.")
+    ] = None,
+    json_output: Json = False,
+    config: Config = None,
+    assignments: Set = None,
+) -> int:
+    """What the gate said of a version when it was published: every rule, cell and slice, with its numbers."""
+    settings = load_settings(_overrides(None, assignments), config)
+    manifest = _manifest(settings, version)
+    verdict = manifest.metrics.get("gate")
+    row = {**_model_row(manifest), "training_range": manifest.training_range}
+    if json_output:
+        typer.echo(json.dumps({**row, "gate": verdict}, ensure_ascii=False))
+        return 0
+    published = f"published {_utc(manifest.created_at)}, follows {manifest.parent or 'none'}"
+    typer.echo(f"{row['version']}: {manifest.kind}, {published}")
+    if not verdict:
+        typer.echo("its manifest holds no verdict of the gate")
+        return 0
+    typer.echo(f"{verdict['outcome']}: {verdict['reason']}")
+    typer.echo(
+        f"{verdict['events']} events of {verdict['users']} users; candidate against incumbent, 95 % intervals by user"
+    )
+    for rows in (_rule_rows(verdict), _cell_rows(verdict), _slice_rows(verdict)):
+        if rows:
+            typer.echo()
+            _print_table(rows)
+    return 0
+
+
+def _manifest(settings: Settings, version: str | None) -> Any:
+    """The manifest of a version (`student/000002`, `000002` or `2`), None: the newest. Raises `ConfigError` for none."""
+    from models.artifact import list_versions
+
+    name, where = settings.store.name, settings.store.uri
+    manifests = list_versions(where, name)
+    if not manifests:
+        raise ConfigError(f"no version of {name!r} in {where}")
+    if version is None:
+        return manifests[-1]
+    number = version.removeprefix(f"{name}/")
+    found = [m for m in manifests if number.isdecimal() and int(m.version) == int(number)]
+    if not found:
+        raise ConfigError(f"no version {version!r} of {name!r} in {where}; the newest is {name}/{manifests[-1].version}")
+    return found[0]
+
+
+def _rule_rows(verdict: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"rule": rule["name"], "outcome": "refused" if rule["refusals"] else "passed", "found": rule["found"]}
+        for rule in verdict["rules"]
+    ]
+
+
+def _cell_rows(verdict: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {key: cell[key] for key in ("platform", "head", "n", "users", "positives")}
+        | {key: _compared(cell[key]) for key in ("log_loss", "auc", "pr_auc")}
+        | {key: _interval(cell[key]) for key in ("ece", "predicted_over_actual")}
+        for cell in verdict["cells"]
+    ]
+
+
+def _slice_rows(verdict: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that had enough positives to be judged."""
+    return [
+        {"slice": f"{part['dimension']} {part['name']}"}
+        | {key: part[key] for key in ("head", "n", "users", "positives")}
+        | {"log_loss": _compared(part["log_loss"]), "p_value": part["p_value"], "worse": part["worse"]}
+        for part in verdict["slices"]
+        if part["p_value"] is not None
+    ]
+
+
+def _compared(figure: dict[str, Any]) -> str:
+    """`incumbent -> candidate (difference [low, high])`; what there is none of is left out."""
+    if figure["candidate"] is None:
+        return ""
+    incumbent = "" if figure["incumbent"] is None else f"{figure['incumbent']:.4f} "
+    difference = _interval(figure["difference"], "+.4f")
+    return f"{incumbent}-> {figure['candidate']:.4f}" + (f" ({difference})" if difference else "")
+
+
+def _interval(figure: dict[str, Any], form: str = ".4f") -> str:
+    if figure["value"] is None:
+        return ""
+    bounds = "" if figure["low"] is None else f" [{figure['low']:{form}}, {figure['high']:{form}}]"
+    return f"{figure['value']:{form}}{bounds}"
+
+
 @dead_letters_app.command("list")
 def dead_letters_list(
     limit: Annotated[int, typer.Option(min=1, help="The N refused last.")] = 50,

@@ -125,6 +125,10 @@ class TrainerConfig(_Section):
     """Share of the matured time span, the latest, that gates."""
     major_every: Annotated[int, Field(ge=1)] = 12
     """Every n-th publication trains the recurrence anew (a major version); the others only heads and tables."""
+    bootstrap_draws: Annotated[int, Field(ge=40)] = 200
+    """Resamples of users behind each interval of the gate."""
+    p99_budget_ms: Positive = 50.0
+    """A candidate whose p99 for 1,024 events, measured here, is longer is not published."""
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 1
 

@@ -290,24 +290,14 @@ class Student(nn.Module):
 
     def heads(self, h_NH: Tensor, x_NF: Tensor, e_NE: Tensor, platform_N: Tensor) -> tuple[Tensor, Tensor]:
         """→ logits (N, 3) in the order of BINARY_HEADS, gate logits (N, 7) in the order of COMPONENTS."""
-        f_NK = functional.silu(self.trunk(self.dropout(torch.cat([h_NH, e_NE], dim=1))))
-        z_NK = torch.cat([f_NK, x_NF], dim=1)
-        # Sorted by platform, a product for each that occurs: the work does not grow with the platforms known.
-        counts = torch.bincount(platform_N, minlength=len(self.head_bias_PO)).tolist()
-        if max(counts) == len(z_NK):
-            out_NO = self._head(z_NK, counts.index(max(counts)))
-        else:
-            order_N = torch.argsort(platform_N, stable=True)
-            parts = enumerate(z_NK[order_N].split(counts))
-            out_NO = torch.cat([self._head(part_MK, index) for index, part_MK in parts if len(part_MK)])
-            out_NO = out_NO[torch.argsort(order_N)]
+        z_NK = self.before_heads(h_NH, x_NF, e_NE)
+        out_NO = by_platform(z_NK, platform_N, self.head_weight_POK, self.head_bias_PO)
         return out_NO[:, :N_LOGITS], out_NO[:, N_LOGITS:]
 
-    def _head(self, z_MK: Tensor, index: int) -> Tensor:
-        weight_OK, bias_O = self.head_weight_POK[0], self.head_bias_PO[0]
-        if index:
-            weight_OK, bias_O = weight_OK + self.head_weight_POK[index], bias_O + self.head_bias_PO[index]
-        return functional.linear(z_MK, weight_OK, bias_O)
+    def before_heads(self, h_NH: Tensor, x_NF: Tensor, e_NE: Tensor) -> Tensor:
+        """→ (N, K): what every head is linear in."""
+        f_NK = functional.silu(self.trunk(self.dropout(torch.cat([h_NH, e_NE], dim=1))))
+        return torch.cat([f_NK, x_NF], dim=1)
 
     def forward_sequences(self, columns: Columns, starts_N: Tensor) -> tuple[Tensor, Tensor]:
         """For training: ragged sequences one after another, each in order; `starts_N` (bool) marks first events, before
@@ -331,6 +321,25 @@ class Student(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         """What a minor version may train; all other tensors decide `h`."""
         return [parameter for name, parameter in self.named_parameters() if name not in self.RECURRENCE]
+
+
+def by_platform(z_NK: Tensor, platform_N: Tensor, weight_POK: Tensor, bias_PO: Tensor) -> Tensor:
+    """(N, O): each event by its platform's weights, which are the shared ones (row 0) plus its own row."""
+    # Sorted by platform, a product for each that occurs: the work does not grow with the platforms known.
+    counts = torch.bincount(platform_N, minlength=len(bias_PO)).tolist()
+
+    def product(part_MK: Tensor, index: int) -> Tensor:
+        weight_OK, bias_O = weight_POK[0], bias_PO[0]
+        if index:
+            weight_OK, bias_O = weight_OK + weight_POK[index], bias_O + bias_PO[index]
+        return functional.linear(part_MK, weight_OK, bias_O)
+
+    if max(counts) == len(z_NK):
+        return product(z_NK, counts.index(max(counts)))
+    order_N = torch.argsort(platform_N, stable=True)
+    parts = enumerate(z_NK[order_N].split(counts))
+    out_NO = torch.cat([product(part_MK, index) for index, part_MK in parts if len(part_MK)])
+    return out_NO[torch.argsort(order_N)]
 
 
 def _bucket(hash_N: Tensor, buckets: int) -> Tensor:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
@@ -23,6 +24,8 @@ from models.events import CanonicalEvent
 from streams import dead_letters
 from streams.broker import free_port
 from streams.kafka import client_options, create_topics
+from trainer.evaluate import Paired
+from trainer.gate import Evidence, Limits, decide
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,16 +149,7 @@ def test_models_list(capsys):
     assert main(["models", "list"]) == 0
     assert capsys.readouterr().out == "no version of 'student' in .crosscurrent/store\n"
     for at in (1_700_000_000_000, 1_700_000_060_000):
-        artifact.publish(
-            ".crosscurrent/store",
-            "student",
-            artifact.load_prior(),
-            metrics={},
-            training_range={"first_ts": 0, "last_ts": 1, "events": 1},
-            reference_histograms={},
-            fold=FoldConfig(),
-            now_ms=at,
-        )
+        publish({}, at)
     assert main(["models", "list"]) == 0
     header, newest, oldest = capsys.readouterr().out.splitlines()
     assert header.startswith("version\tkind\tcreated_at")
@@ -164,6 +158,86 @@ def test_models_list(capsys):
     assert main(["models", "list", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["version"] for row in rows] == ["student/000002", "student/000001"]
+
+
+def publish(metrics: dict, at: int = 1_700_000_000_000) -> None:
+    training_range = {"first_ts": 0, "last_ts": 1, "events": 1}
+    artifact.publish(
+        ".crosscurrent/store",
+        "student",
+        artifact.load_prior(),
+        metrics=metrics,
+        training_range=training_range,
+        reference_histograms={},
+        fold=FoldConfig(),
+        now_ms=at,
+    )
+
+
+def verdict_of_a_toy() -> dict:
+    n = 6000
+    user, known = np.arange(n) % 200, np.repeat([[True, False, False]], n, axis=0)
+    p = np.random.default_rng(0).random(n)
+    y = (np.random.default_rng(1).random(n) < p).astype(np.uint8)
+    paired = Paired(
+        platforms=("shop", "till"),
+        platform_N=(np.arange(n) >= n - 50).astype(np.int16),
+        user_N=user,
+        known_N3=known,
+        y_N3=np.repeat(y[:, None], 3, axis=1),
+        candidate_N3=np.repeat(p[:, None], 3, axis=1).astype(np.float32),
+        incumbent_N3=np.full((n, 3), 0.5, np.float32),
+        activity_N=np.arange(n) % 30 + 1,
+        price_N=np.zeros(n, np.uint8),
+        category_N=np.zeros(n, np.uint32),
+        category_names={},
+    )
+    return decide(Evidence(paired, {}, (), 5.0), Limits(draws=40)).as_dict()
+
+
+def test_models_show(capsys):
+    assert main(["models", "show"]) == 2
+    assert capsys.readouterr().err == "error: no version of 'student' in .crosscurrent/store\n"
+    verdict = verdict_of_a_toy()
+    publish({})
+    publish({"gate": verdict}, 1_700_000_060_000)
+    assert main(["models", "show"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("student/000002: major, published 2023-11-14 22:14:20, follows 000001\n")
+    assert "published: mean log-loss 0." in shown and "6000 events of 200 users" in shown
+    for rule in verdict["rules"]:
+        assert f"{rule['name']}\tpassed\t{rule['found']}\n" in shown
+    cell = verdict["cells"][0]
+    assert f"shop\tclick\t5950\t200\t{cell['positives']}\t0.6931 -> {cell['log_loss']['candidate']:.4f} (-0." in shown
+    assert "till\tclick\t50\t50\t" in shown  # too few events for any figure
+    assert f"{cell['ece']['value']:.4f} [{cell['ece']['low']:.4f}, {cell['ece']['high']:.4f}]" in shown
+    assert "activity 16+\tclick\t" in shown and "activity 1-3" not in shown  # the latter has too few positives
+    for name in ("2", "000002", "student/000002"):
+        assert main(["models", "show", name]) == 0 and capsys.readouterr().out == shown
+    assert main(["models", "show", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["version"] == "student/000002" and written["gate"] == verdict
+
+
+def test_models_show_of_a_version_without_a_verdict_and_of_none(capsys):
+    publish({"candidate": {}})
+    assert main(["models", "show", "1"]) == 0
+    assert capsys.readouterr().out.endswith("\nits manifest holds no verdict of the gate\n")
+    assert main(["models", "show", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gate"] is None
+    assert_refused(run("models", "show", "000007"), "'000007'", "the newest is student/000001")
+    for wrong in ("teacher/000001", "x", "-1", "²"):
+        assert main(["models", "show", "--", wrong]) == 2
+        assert capsys.readouterr().err.startswith("error: no version ")
+
+
+def test_models_show_makes_tables_on_a_terminal(capsys, monkeypatch):
+    publish({"gate": verdict_of_a_toy()})
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main(["models", "show"]) == 0
+    shown = capsys.readouterr().out
+    assert "\t" not in shown and "predicted_over_actual" in shown and "activity 16+" in shown
 
 
 def test_wrong_platform_file_is_a_config_error(capsys, tmp_path, monkeypatch):

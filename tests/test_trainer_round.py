@@ -20,10 +20,8 @@ from models.config import KafkaConfig, MetricsConfig, Settings, StoreConfig, Tra
 from models.events import CanonicalEvent
 from streams.kafka import create_topics
 from trainer import run
-from trainer.evaluate import CategoryCell, Cell, Report
 from trainer.history import HistoryStore
 from trainer.run import run_trainer
-from trainer.train import Trained
 
 ROOT = Path(__file__).resolve().parent.parent
 EVENTS = make_canonical(260, days=30)
@@ -86,6 +84,14 @@ async def test_the_first_round_publishes_a_model_that_loads_and_the_next_builds_
     model = load(settings, one)
     assert model.version == first.version == f"{one.name}/{one.version}" and not model.degraded
     assert model.config.platforms == ("shop", "till")
+    (manifest,) = artifact.list_versions(settings.store.uri, settings.store.name)
+    assert manifest.metrics["gate"] == first.verdict.as_dict() and manifest.metrics["gate"]["outcome"] == "published"
+    cells = {(cell["platform"], cell["head"]): cell for cell in manifest.metrics["gate"]["cells"]}
+    assert cells["shop", "return"]["n"] == first.candidate.cells["shop", "return"].n
+    assert cells["shop", "return"]["auc"]["candidate"] == pytest.approx(
+        first.candidate.cells["shop", "return"].auc, abs=1e-5
+    )
+    assert manifest.metrics["gate"]["p99_ms"] > 0.0
 
     await produce(settings, make_canonical(260, days=4, seed=1, start_ms=EVENTS[-1].ts))
     (second,) = await run_trainer(settings, once=True)
@@ -96,7 +102,8 @@ async def test_the_first_round_publishes_a_model_that_loads_and_the_next_builds_
         assert [f.version for f in two.fallbacks] == [one.version]
         assert load(settings, two).recurrence_id == model.recurrence_id
     else:
-        assert second.outcome == "not_better" and two == one
+        assert second.outcome in ("not_better", "refused") and two == one
+        assert all(f"{rule.name}: " in second.reason for rule in second.verdict.rules if rule.refusals)
 
 
 @pytest.mark.broker
@@ -104,8 +111,8 @@ async def test_a_better_minor_model_is_published_with_the_earlier_ones_to_fall_b
     await produce(settings, EVENTS)
     real = run._decide
 
-    def always(trained, candidate, incumbent, n):
-        return real(trained, candidate, incumbent, n)._replace(outcome="published")
+    def always(*args):
+        return real(*args)._replace(outcome="published")
 
     monkeypatch.setattr(run, "_decide", always)
     kinds, versions = [], []
@@ -239,30 +246,16 @@ async def test_a_broker_that_is_not_there_fails_the_round_and_not_the_program(tm
     assert result.outcome == "failed" and "cannot be reached" in result.reason
 
 
-# ── the gate ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def report(loss: float, hit_rate: float = 0.5, n: int = 500, finite: bool = True) -> Report:
-    cell = Cell(n, 0.3, loss, 0.7)
-    return Report({("shop", "click"): cell}, {"shop": CategoryCell(500, 2.0, hit_rate)}, finite, {})
-
-
-@pytest.mark.parametrize(
-    ("candidate", "incumbent", "outcome"),
-    [
-        (report(0.5), report(0.6), "published"),
-        (report(0.6), report(0.6), "not_better"),
-        (report(float("nan")), report(0.6), "not_better"),
-        (report(0.5, finite=False), report(0.6), "not_finite"),
-        (report(0.5, hit_rate=0.4), report(0.6), "not_better"),
-        (report(0.5, hit_rate=0.49), report(0.6), "published"),
-        (report(0.5, n=50), report(0.6, n=50), "too_few"),
-        (report(0.5), report(0.6)._replace(categories={}), "published"),
-    ],
-)
-def test_the_gate(candidate, incumbent, outcome):
-    result = run._decide(Trained(None, "major", 1, 0.0), candidate, incumbent, 10)
-    assert result.outcome == outcome and result.reason
+@pytest.mark.broker
+async def test_a_candidate_that_the_gate_refuses_is_not_stored_and_the_reason_is_said(settings):
+    await produce(settings, EVENTS)
+    slow = settings.trainer.model_copy(update={"p99_budget_ms": 1e-6, "epochs": 1})
+    (result,) = await run_trainer(settings.model_copy(update={"trainer": slow}), once=True)
+    assert result.outcome == "refused" and "ms for 1,024 events, budget 0.00 ms" in result.reason
+    assert result.verdict.limits.draws == settings.trainer.bootstrap_draws
+    assert result.log_loss == result.verdict.log_loss.candidate < result.incumbent_log_loss
+    assert await announced(settings) is None
+    assert artifact.list_versions(settings.store.uri, settings.store.name) == []
 
 
 @pytest.mark.broker

@@ -7,29 +7,22 @@ import pytest
 import torch
 from synthetic_history import HOUR_MS, START_MS, make_canonical, store_events
 
-from models.config import FoldConfig, HorizonsConfig, TrainerConfig
+from models.config import FoldConfig, HorizonsConfig
 from models.events import HEADS
 from models.fold import FOLDED, N_FEATURES, fold, fold_params
 from models.scorer import Model, Scorer, identity_calibration
 from models.state import empty_rows
 from models.student import StudentConfig
 from trainer import evaluate as judge
-from trainer.evaluate import evaluate, gating_cells, mean_log_loss, predict
+from trainer.evaluate import LEAST_CELL, compare, evaluate, predict
+from trainer.examples import before, gate_start, heads_of, make_examples, replay
+from trainer.fit import Schedule
 from trainer.history import HistoryStore
 from trainer.labels import horizons_ms, make_labels, matured
-from trainer.train import (
-    _affine,
-    _category_targets,
-    before,
-    gate_start,
-    heads_of,
-    make_examples,
-    replay,
-    train,
-)
+from trainer.train import _category_targets, affine, train
 
 FOLD, HORIZONS = FoldConfig(), HorizonsConfig()
-OPTIONS = TrainerConfig(epochs=2)
+OPTIONS = Schedule(epochs=2)
 PRIOR = np.array([0.5, -2.0, 0.3])
 DAY_MS = 24 * HOUR_MS
 
@@ -135,8 +128,10 @@ def test_nothing_after_the_gate_is_known_in_training(history, labels, replayed, 
         HORIZONS,
         gate_ms,
     )
-    np.testing.assert_array_equal(again.mask_M4, examples.mask_M4)
-    np.testing.assert_array_equal(again.y_M3 * again.mask_M4[:, :3], examples.y_M3 * examples.mask_M4[:, :3])
+    np.testing.assert_array_equal(again.learn_MT, examples.learn_MT)
+    np.testing.assert_array_equal(again.check_MT, examples.check_MT)
+    known = examples.learn_MT | examples.check_MT
+    np.testing.assert_array_equal(again.y_MT * known, examples.y_MT * known)
     np.testing.assert_array_equal(again.next_M, examples.next_M)
     for own, other in zip(again.columns, examples.columns, strict=True):
         assert torch.equal(own, other)
@@ -146,8 +141,9 @@ def test_between_what_trains_and_what_judges_lies_the_horizon(history, labels, g
     assert later_anchors(history, labels, gate_ms).sum(axis=0).min() > 100
     for head, horizon in enumerate(horizons_ms(HORIZONS)):
         judged = history.events["ts"][later_anchors(history, labels, gate_ms)[:, head]]
-        assert examples.mask_M4[:, head].sum() > 500
-        assert judged.min() - examples.ts_M[examples.mask_M4[:, head]].max() > horizon
+        known = (examples.learn_MT | examples.check_MT)[:, head] if head < 3 else examples.next_M != 0
+        assert known.sum() > 500
+        assert judged.min() - examples.ts_M[known].max() > horizon
 
 
 def later_anchors(history, labels, gate_ms) -> np.ndarray:
@@ -159,7 +155,8 @@ def test_examples_are_the_folded_events_in_order(history, replayed, examples):
     assert (np.diff(examples.user_M) >= 0).all()
     begins = np.r_[True, np.diff(examples.user_M) > 0]
     assert (examples.starts_M[begins]).all() and not examples.starts_M[~begins].any()
-    assert not examples.mask_M4[examples.platform_M == 1 + history.platforms.index("till"), HEADS.index("click")].any()
+    till = examples.platform_M == 1 + history.platforms.index("till")
+    assert not (examples.learn_MT | examples.check_MT)[till, HEADS.index("click")].any()
 
 
 def test_the_gate_starts_where_the_longest_horizon_leaves_room(history, labels):
@@ -189,10 +186,10 @@ def test_the_student_beats_the_base_rates_on_later_events(history, labels, repla
     report = evaluate(major.model, history, labels, HORIZONS, replayed.rows, gate_ms)
     base = evaluate(base_rates(examples, major.model.config), history, labels, HORIZONS, replayed.rows, gate_ms)
     assert major.kind == "major" and report.finite and base.finite
-    cells = gating_cells(report, base)
+    cells = [key for key in report.cells if base.cells[key].n >= LEAST_CELL]
     assert [key for key in cells if key[0] == "shop"] == [("shop", "click"), ("shop", "purchase"), ("shop", "return")]
     assert ("till", "click") not in report.cells and ("till", "return") in report.cells
-    assert mean_log_loss(report, cells) < mean_log_loss(base, cells) - 0.01
+    assert np.mean([report.cells[key].log_loss - base.cells[key].log_loss for key in cells]) < -0.01
     assert report.cells["shop", "purchase"].auc > 0.56 and report.cells["shop", "return"].auc > 0.6
     assert report.categories["shop"].hit_rate_5 > 0.5 and "till" not in report.categories
     assert report.as_dict()["shop"]["category"]["n"] == report.categories["shop"].n
@@ -203,21 +200,23 @@ def base_rates(examples, config) -> Model:
     calibration = identity_calibration(len(config.platforms))
     for row in range(1, len(calibration)):
         for head in range(3):
-            y = examples.y_M3[examples.mask_M4[:, head] & (examples.platform_M == row), head]
+            y = examples.y_MT[examples.learn_MT[:, head] & (examples.platform_M == row), head]
             p = (y.sum() + 1) / (len(y) + 2)
             calibration[row, head] = 0.0, np.log(p / (1 - p))
     return Model("base", config, None, None, calibration, FOLD)
 
 
 def test_the_same_seed_gives_the_same_model_and_held_out_users_do_not_train_it(examples, config, history, major):
-    options = OPTIONS.model_copy(update={"epochs": 1})
+    options = OPTIONS._replace(epochs=1)
     one = train(examples, config, history.categories, FOLD, options, prior_logits_3=PRIOR)
     two = train(examples, config, history.categories, FOLD, options, prior_logits_3=PRIOR)
     assert tensors(one.model) == tensors(two.model)
     np.testing.assert_array_equal(one.model.calibration_P32, two.model.calibration_P32)
-    flipped = dataclasses.replace(examples, y_M3=examples.y_M3.copy())
-    flipped.y_M3[examples.held_out_M, 0] = 1 - flipped.y_M3[examples.held_out_M, 0]
-    assert 0.03 < examples.held_out_M.mean() < 0.2
+    flipped = dataclasses.replace(examples, y_MT=examples.y_MT.copy())
+    checks = examples.check_MT[:, 0]
+    flipped.y_MT[checks, 0] = 1 - flipped.y_MT[checks, 0]
+    assert 0.01 < checks.mean() < 0.1
+    assert not set(examples.user_M[checks]) & set(examples.user_M[examples.learn_MT.any(axis=1)])
     other = train(flipped, config, history.categories, FOLD, options, prior_logits_3=PRIOR)
     assert tensors(other.model) == tensors(one.model)
     assert not np.array_equal(one.model.calibration_P32[:, 0], other.model.calibration_P32[:, 0])
@@ -239,9 +238,9 @@ def test_a_minor_model_keeps_the_recurrence_bit_for_bit(examples, config, histor
 
 
 def test_a_head_without_matured_labels_says_what_the_prior_says(examples, config, history):
-    young = dataclasses.replace(examples, mask_M4=examples.mask_M4.copy())
-    young.mask_M4[:, 2] = False
-    options = OPTIONS.model_copy(update={"epochs": 1})
+    young = dataclasses.replace(examples, learn_MT=examples.learn_MT.copy(), check_MT=examples.check_MT.copy())
+    young.learn_MT[:, 2] = young.check_MT[:, 2] = False
+    options = OPTIONS._replace(epochs=1)
     model = train(young, config, history.categories, FOLD, options, prior_logits_3=PRIOR).model
     np.testing.assert_allclose(model.calibration_P32[:, 2], np.tile([0.0, PRIOR[2]], (3, 1)), rtol=1e-6)
     assert (model.calibration_P32[:, 0, 0] > 0).all()
@@ -251,12 +250,12 @@ def test_calibration_finds_the_affine_map_and_stays_put_without_data():
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 2, 40_000)
     y = (rng.random(len(logit)) < 1 / (1 + np.exp(-(0.6 * logit - 1.0)))).astype(np.float32)
-    slope, offset = _affine(logit, y, (1.0, 0.0))
+    slope, offset = affine(logit, y, (1.0, 0.0))
     assert abs(slope - 0.6) < 0.05 and abs(offset + 1.0) < 0.05
-    assert _affine(logit[:0], y[:0], (0.8, 0.3)) == (0.8, 0.3)
-    slope, offset = _affine(np.full(5, 3.0), np.zeros(5), (1.0, 0.0))  # five events move it, but not far
+    assert affine(logit[:0], y[:0], (0.8, 0.3)) == (0.8, 0.3)
+    slope, offset = affine(np.full(5, 3.0), np.zeros(5), (1.0, 0.0))  # five events move it, but not far
     assert 0.5 < slope < 1.0 and -1.5 < offset < 0.0
-    assert _affine(-logit, y, (1.0, 0.0))[0] == 0.0  # an inverted ranking is not turned round
+    assert affine(-logit, y, (1.0, 0.0))[0] == 0.0  # an inverted ranking is not turned round
 
 
 def test_nobodys_own_future_is_in_the_table_that_his_gates_learn_from(examples, config, history):
@@ -270,6 +269,31 @@ def test_nobodys_own_future_is_in_the_table_that_his_gates_learn_from(examples, 
     own = lone.next_M != 0
     assert own.any()
     np.testing.assert_allclose(alone_MG[own], 1.0, rtol=1e-5)
+
+
+def test_both_models_are_compared_on_the_same_events(history, labels, replayed, gate_ms, examples, major):
+    base = base_rates(examples, major.model.config)
+    args = (history, labels, HORIZONS, replayed.rows, gate_ms)
+    compared = compare(major.model, base, *args)
+    for report, model in ((compared.candidate, major.model), (compared.incumbent, base)):
+        alone = evaluate(model, *args)
+        assert report.cells == alone.cells and report.shares == alone.shares
+    paired = compared.paired
+    for (platform, head), cell in compared.candidate.cells.items():
+        own = (paired.platform_N == history.platforms.index(platform)) & paired.known_N3[:, HEADS.index(head)]
+        assert own.sum() == cell.n and paired.y_N3[own, HEADS.index(head)].mean() == pytest.approx(cell.base_rate)
+        assert np.isfinite(paired.candidate_N3[own, HEADS.index(head)]).all()
+    assert paired.known_N3.any(axis=1).all()
+
+
+def test_activity_is_how_many_events_the_user_has_had(history, replayed, gate_ms, major):
+    judged = predict(major.model, history, replayed.rows, gate_ms)
+    rank_N = np.zeros(len(history), np.int64)
+    order = np.argsort(history.user, kind="stable")
+    starts = np.r_[0, np.flatnonzero(np.diff(history.user[order])) + 1, len(order)]
+    rank_N[order] = np.concatenate([np.arange(n) for n in np.diff(starts)]) + 1
+    assert (judged.status == FOLDED).all()
+    np.testing.assert_array_equal(judged.activity_N, rank_N[judged.at])
 
 
 def test_judging_does_not_depend_on_the_batches_and_leaves_the_rows(history, replayed, gate_ms, major, monkeypatch):

@@ -1,17 +1,19 @@
 """How good a model is on events after the gate's start, by the very path that serves: `models.scorer.Scorer`.
 
-    rows as they were at G ─► Scorer.run in micro-batches over the events after G ─► Scores ─► a cell a platform × head
+    rows as they were at G ─► Scorer in micro-batches over the events after G ─► Scores ─► a cell a platform × head
+                                                       candidate's and incumbent's ─► Paired, what trainer/gate.py judges
 
 `h` is rebuilt from each user's ring at G, for every model alike, as serving does right after a new recurrence.
 Judged are FOLDED events after G whose label has matured by now. Every user's labels overlap with his own next ones, so n
 is not a number of independent trials.
 
-Knows nothing of training, files or Kafka.
+Shapes: N events.
+Knows nothing of training, files, Kafka, or of what is good enough (`trainer/gate.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,15 +23,16 @@ from models.config import HorizonsConfig
 from models.events import BINARY_HEADS, HEADS
 from models.fold import FEATURE_NAMES, FOLDED
 from models.scorer import Model, Scorer
+from trainer.examples import before
 from trainer.history import History
 from trainer.labels import Labels, matured
-from trainer.train import before
 
 BATCH = 4096
 LEAST_CELL = 100
 """Fewer judged events, or only one outcome, do not gate."""
 P_BINS, FEATURE_BINS = 20, 10
 _SAMPLE = 20_000
+_LOG_EVENTS = FEATURE_NAMES.index("log_events")
 _CATEGORY = HEADS.index("category")
 
 
@@ -83,6 +86,41 @@ class Judged(NamedTuple):
     category_N5: np.ndarray
     """uint32: hashes, 0 none."""
     category_p_N5: np.ndarray
+    activity_N: np.ndarray
+    """int64: events of the user so far, this one included; 0 for one that is no event of his (a duplicate)."""
+
+
+class Paired(NamedTuple):
+    """What two models said of the same N events: those after G with a matured label of at least one head."""
+
+    platforms: tuple[str, ...]
+    platform_N: np.ndarray
+    """Index into `platforms`."""
+    user_N: np.ndarray
+    known_N3: np.ndarray
+    """bool, in the order of BINARY_HEADS: the label has matured, and the candidate answers it."""
+    y_N3: np.ndarray
+    """uint8; means something only where known."""
+    candidate_N3: np.ndarray
+    """float32."""
+    incumbent_N3: np.ndarray
+    """float32; NaN where the incumbent does not answer."""
+    activity_N: np.ndarray
+    """Events of the user so far."""
+    price_N: np.ndarray
+    """uint8: price bucket, 0 none."""
+    category_N: np.ndarray
+    """uint32: hash of the event's own category, 0 none."""
+    category_names: Mapping[int, str]
+    """Hash → name."""
+
+
+class Comparison(NamedTuple):
+    """Both models on the same events."""
+
+    candidate: Report
+    incumbent: Report
+    paired: Paired
 
 
 def predict(
@@ -98,11 +136,14 @@ def predict(
     for start in range(0, len(at), BATCH):
         check()
         part = at[start : start + BATCH]
-        scores, status = scorer.run(rows, history.user[part].astype(np.int64), history.events[part])
-        parts.append((status, scores.p_N3, hashes[scores.category_N5], scores.category_p_N5))
+        slots, events = history.user[part].astype(np.int64), history.events[part]
+        folded = scorer.fold(rows, slots, events)
+        scores = scorer.score(rows, slots, events, *folded)
+        activity = np.rint(np.expm1(folded.features[:, _LOG_EVENTS].astype(np.float64))).astype(np.int64)
+        parts.append((folded.status, scores.p_N3, hashes[scores.category_N5], scores.category_p_N5, activity))
     if not parts:
-        none = np.empty((0, 5), np.uint32)
-        return Judged(at, np.empty(0, np.uint8), np.empty((0, 3), np.float32), none, none.astype(np.float32))
+        none, nobody = np.empty((0, 5), np.uint32), np.empty(0, np.int64)
+        return Judged(at, np.empty(0, np.uint8), np.empty((0, 3), np.float32), none, none.astype(np.float32), nobody)
     return Judged(at, *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -118,9 +159,62 @@ def evaluate(
 ) -> Report:
     """The report of a model on the events after `gate_ms`; see `predict` for `rows`."""
     judged = predict(model, history, rows, gate_ms, check=check)
+    return _report(model, judged, history, labels, _known(judged, history, labels, horizons, gate_ms))
+
+
+def compare(
+    candidate: Model,
+    incumbent: Model,
+    history: History,
+    labels: Labels,
+    horizons: HorizonsConfig,
+    rows: np.ndarray,
+    gate_ms: int,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """`evaluate` of both models, and what they said event by event."""
+    ours = predict(candidate, history, rows, gate_ms, check=check)
+    theirs = predict(incumbent, history, rows, gate_ms, check=check)
+    known_N4 = _known(ours, history, labels, horizons, gate_ms)
+    return Comparison(
+        _report(candidate, ours, history, labels, known_N4),
+        _report(incumbent, theirs, history, labels, known_N4),
+        _paired(candidate, ours, theirs, history, labels, known_N4),
+    )
+
+
+def _known(judged: Judged, history: History, labels: Labels, horizons: HorizonsConfig, gate_ms: int) -> np.ndarray:
+    """(N, 4) bool in the order of HEADS: the event is judged, and its label has matured. The same for every model: what
+    becomes of an event is the fold's to say."""
     ts_N = history.events["ts"][judged.at]
     own = Labels(*(column[judged.at] for column in labels))
-    known_N4 = matured(own, ts_N, horizons) & ((judged.status == FOLDED) & (ts_N > gate_ms))[:, None]
+    return matured(own, ts_N, horizons) & ((judged.status == FOLDED) & (ts_N > gate_ms))[:, None]
+
+
+def _paired(
+    candidate: Model, ours: Judged, theirs: Judged, history: History, labels: Labels, known_N4: np.ndarray
+) -> Paired:
+    known_N3 = (known_N4 & _can_have(candidate, history)[history.platform[ours.at]])[:, : len(BINARY_HEADS)]
+    some = known_N3.any(axis=1)
+    at = ours.at[some]
+    return Paired(
+        platforms=history.platforms,
+        platform_N=history.platform[at],
+        user_N=history.user[at],
+        known_N3=known_N3[some],
+        y_N3=labels.y_N3[at],
+        candidate_N3=ours.p_N3[some],
+        incumbent_N3=theirs.p_N3[some],
+        activity_N=ours.activity_N[some],
+        price_N=history.events["price"][at],
+        category_N=history.events["category"][at],
+        category_names=history.categories,
+    )
+
+
+def _report(model: Model, judged: Judged, history: History, labels: Labels, known_N4: np.ndarray) -> Report:
+    own = Labels(*(column[judged.at] for column in labels))
     can_N4 = _can_have(model, history)[history.platform[judged.at]]
     cells, categories, shares = {}, {}, {}
     for index, platform in enumerate(history.platforms):
@@ -195,23 +289,3 @@ def _category_cell(next_N: np.ndarray, category_N5: np.ndarray, p_N5: np.ndarray
     left_N = np.clip(1.0 - p_N5.sum(axis=1, dtype=np.float64), 1e-7, 1.0) / np.maximum(n_categories - named_N, 1)
     p_N = np.where(hit_N5.any(axis=1), (p_N5 * hit_N5).sum(axis=1, dtype=np.float64), left_N)
     return CategoryCell(len(next_N), float(-np.log(np.maximum(p_N, 1e-12)).mean()), float(hit_N5.any(axis=1).mean()))
-
-
-def gating_cells(*reports: Report) -> list[tuple[str, str]]:
-    """The cells that all reports have and that hold enough events of both outcomes, in order."""
-    common = set.intersection(*(set(report.cells) for report in reports))
-    return sorted(
-        key for key in common if reports[0].cells[key].n >= LEAST_CELL and 0.0 < reports[0].cells[key].base_rate < 1.0
-    )
-
-
-def mean_log_loss(report: Report, cells: Iterable[tuple[str, str]]) -> float:
-    """Mean over cells, each counted once; NaN of none."""
-    losses = [report.cells[key].log_loss for key in cells]
-    return float(np.mean(losses)) if losses else float("nan")
-
-
-def mean_hit_rate(report: Report, platforms: Iterable[str]) -> float:
-    """Mean HR@5 over platforms; NaN of none."""
-    rates = [report.categories[platform].hit_rate_5 for platform in platforms]
-    return float(np.mean(rates)) if rates else float("nan")

@@ -1,10 +1,9 @@
 """The trainer as a program: a round every interval, from the topic `events` to an announcement in `models`.
 
-    pull ─► labels ─► replay ─► train ─► judge candidate and incumbent ─► better? ─► store ─► announce
+    pull ─► labels ─► replay ─► train ─► judge candidate and incumbent ─► gate ─► store ─► announce
                                                                             └ no: say why, keep the incumbent
 
-A candidate is published where its mean log-loss over platform × head cells is below the incumbent's on the same later
-events, everything it says is finite, and its five categories do not hit clearly less often. The incumbent is the version
+A candidate is published where it passes the gate (`trainer/gate.py`) on later events. The incumbent is the version
 announced last; where nothing ever was, the newest of the store that loads (it is then announced at once: a crash may have
 come between store and announcement); else, and after a withdrawal, the prior.
 
@@ -41,20 +40,22 @@ from models.fold import N_FEATURES
 from models.scorer import Model
 from models.student import StudentConfig
 from trainer import evaluate as judge
-from trainer.evaluate import Report, gating_cells, mean_hit_rate, mean_log_loss
+from trainer import gate
+from trainer.evaluate import Comparison, Report
+from trainer.examples import gate_start, heads_of, make_examples, replay
+from trainer.fit import Schedule
+from trainer.gate import Limits, Verdict
 from trainer.history import HistoryStore, client_options, open_consumer, pull, read_to_end
 from trainer.labels import make_labels, matured
-from trainer.train import Trained, gate_start, heads_of, make_examples, replay, train
+from trainer.train import Trained, train
 
 log = structlog.get_logger("crosscurrent.trainer")
 
-MAX_HIT_RATE_LOSS = 0.02
-"""A candidate whose HR@5 (mean over platforms) is lower than the incumbent's by more is not published."""
 MAX_FALLBACKS = 3
 RETRY_S = 10.0
 """Until a model is published, a round comes at least this often: the first model should not wait for an interval."""
 
-Outcome = Literal["published", "not_better", "not_finite", "too_few", "nothing_new", "failed", "stopped"]
+Outcome = Literal["published", "not_better", "refused", "not_finite", "too_few", "nothing_new", "failed", "stopped"]
 
 
 class RoundResult(NamedTuple):
@@ -70,6 +71,8 @@ class RoundResult(NamedTuple):
     log_loss: float | None = None
     """Mean over the gating cells, candidate."""
     incumbent_log_loss: float | None = None
+    verdict: Verdict | None = None
+    """None where nothing was judged."""
     seconds: float = 0.0
     stage_seconds: Mapping[str, float] | None = None
 
@@ -210,19 +213,29 @@ class _Trainer:
                 config,
                 history.categories,
                 settings.fold,
-                options,
+                Schedule(options.epochs, options.batch_events, options.learning_rate, seed=options.seed),
                 prior_logits_3=artifact.load_prior(settings.fold).calibration_P32[0, :, 1],
                 incumbent=base,
                 check=self._check,
                 progress=stages.share,
             )
         with stages.stage("evaluate"):
-            reports = [
-                judge.evaluate(model, history, labels, settings.horizons, replayed.rows, gate_ms, check=self._check)
-                for model in (trained.model, incumbent.model)
-            ]
+            compared = judge.compare(
+                trained.model,
+                incumbent.model,
+                history,
+                labels,
+                settings.horizons,
+                replayed.rows,
+                gate_ms,
+                check=self._check,
+            )
+        with stages.stage("gate"):
+            limits = Limits(draws=options.bootstrap_draws, seed=options.seed, p99_ms=options.p99_budget_ms)
+            evidence = gate.examine(trained.model, compared, limits, _device(settings))
+            verdict = gate.decide(evidence, limits, check=self._check)
         self.judged_events = n
-        result = _decide(trained, *reports, n)
+        result = _decide(trained, compared, verdict, n)
         if result.outcome != "published":
             return result, None
         with stages.stage("publish"):
@@ -232,10 +245,14 @@ class _Trainer:
                 settings.store.uri,
                 settings.store.name,
                 trained.model,
-                metrics={"candidate": result.candidate.as_dict(), "incumbent": result.incumbent.as_dict()},
+                metrics={
+                    "candidate": compared.candidate.as_dict(),
+                    "incumbent": compared.incumbent.as_dict(),
+                    "gate": verdict.as_dict(),
+                },
                 training_range=training_range,
                 reference_histograms=judge.reference_histograms(
-                    result.candidate, examples.columns.features_NF.numpy(), examples.platform_M, config.platforms
+                    compared.candidate, examples.columns.features_NF.numpy(), examples.platform_M, config.platforms
                 ),
                 fold=settings.fold,
                 now_ms=_now_ms(),
@@ -266,32 +283,24 @@ def _base(
     return (None, config) if since_major + 1 >= settings.trainer.major_every else (model, known)
 
 
-def _decide(trained: Trained, candidate: Report, incumbent: Report, history_events: int) -> RoundResult:
-    """The gate."""
-    cells = gating_cells(candidate, incumbent)
-    ours, theirs = mean_log_loss(candidate, cells), mean_log_loss(incumbent, cells)
-    both = sorted(set(candidate.categories) & set(incumbent.categories))
-    hits_lost = mean_hit_rate(incumbent, both) - mean_hit_rate(candidate, both) if both else 0.0
-    result = RoundResult(
-        outcome="published",
-        reason=f"mean log-loss {ours:.4f} under {theirs:.4f} over {len(cells)} cells",
+def _device(settings: Settings) -> str:
+    """Where the worker scores, or the CPU where there is nothing else here."""
+    return settings.worker.device if torch.cuda.is_available() else "cpu"
+
+
+def _decide(trained: Trained, compared: Comparison, verdict: Verdict, history_events: int) -> RoundResult:
+    """What the gate's verdict makes of the round."""
+    return RoundResult(
+        outcome=verdict.outcome,
+        reason=verdict.reason,
         history_events=history_events,
         kind=trained.kind,
-        candidate=candidate,
-        incumbent=incumbent,
-        log_loss=ours,
-        incumbent_log_loss=theirs,
+        candidate=compared.candidate,
+        incumbent=compared.incumbent,
+        log_loss=verdict.log_loss.candidate,
+        incumbent_log_loss=verdict.log_loss.incumbent,
+        verdict=verdict,
     )
-    if not candidate.finite:
-        return result._replace(outcome="not_finite", reason="the candidate says something that is no number")
-    if not cells:
-        return result._replace(outcome="too_few", reason="no platform × head has enough later events to judge by")
-    if not ours < theirs:
-        reason = f"mean log-loss {ours:.4f}, the incumbent's {theirs:.4f}, over {len(cells)} cells"
-        return result._replace(outcome="not_better", reason=reason)
-    if hits_lost > MAX_HIT_RATE_LOSS:
-        return result._replace(outcome="not_better", reason=f"HR@5 falls by {hits_lost:.3f}")
-    return result
 
 
 # ── announcements ────────────────────────────────────────────────────────────────────────────────────────────────────

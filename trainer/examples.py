@@ -1,0 +1,247 @@
+"""History → examples: replay through the serving fold, and the labels that had matured.
+
+    events ─► replay (models.fold, up to an instant G) ─► features, Δt, status, views ─┐
+    labels, matured by G ──────────────────────────────────────────────────────────────┴─► Examples
+
+Everything here uses only what was known at G in event time: events up to G, labels whose horizon ended by G. A tenth of
+the users is held out of the student's training and calibrates it (the later half of their time), so that calibration needs
+no second gap.
+
+Shapes: M examples (FOLDED events up to G, sorted by user, then offset), F features, P platforms (0: shared), T tasks (the
+binary heads first).
+Knows nothing of Kafka, files, networks or the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from models.categories import view_dtype
+from models.config import FoldConfig, HorizonsConfig
+from models.events import BINARY_HEADS, HEADS, hash64
+from models.fold import FOLDED, N_FEATURES, fold_params, starts_afresh
+from models.scorer import fold_with_views
+from models.state import empty_rows
+from models.student import Columns, StudentConfig
+from trainer.history import History
+from trainer.labels import Labels, horizons_ms, matured
+
+CATEGORY = HEADS.index("category")
+REPLAY_BATCH = 65_536
+HELD_OUT = 10
+"""One user in so many calibrates instead of training."""
+
+Check = Callable[[], None]
+"""Called between steps; raises to stop."""
+
+
+class Replay(NamedTuple):
+    """The fold over the events up to an instant, as serving did it."""
+
+    rows: np.ndarray
+    """(U,) rows of state of the history's users, after those events; `h` is 0."""
+    index_M: np.ndarray
+    """Positions in the history of the events kept, ascending."""
+    features_MF: np.ndarray
+    dt_s_M: np.ndarray
+    status_M: np.ndarray
+    views_M: np.ndarray
+
+
+def replay(
+    history: History,
+    fold: FoldConfig,
+    size: str,
+    *,
+    until_ms: int | None = None,
+    max_events: int | None = None,
+    batch: int = REPLAY_BATCH,
+    check: Check = lambda: None,
+) -> Replay:
+    """Folds the history, up to each user's first event after `until_ms` (None: all of it). However it is cut into
+    batches the result is the same, byte for byte. Keeps what came of the `max_events` latest events only."""
+    rows = empty_rows(len(history.users), size)
+    events_N = np.flatnonzero(before(history, until_ms)) if until_ms is not None else np.arange(len(history))
+    keep_N = np.ones(len(events_N), bool)
+    if max_events is not None and len(events_N) > max_events:
+        ts_N = history.events["ts"][events_N]
+        keep_N = ts_N >= np.partition(ts_N, len(ts_N) - max_events)[len(ts_N) - max_events]
+    m = int(keep_N.sum())
+    out = Replay(
+        rows,
+        events_N[keep_N],
+        np.empty((m, N_FEATURES), np.float32),
+        np.empty(m, np.float32),
+        np.empty(m, np.uint8),
+        np.empty(m, view_dtype(size)),
+    )
+    scratch = Replay(
+        rows,
+        np.empty(0, np.int64),
+        np.empty((batch, N_FEATURES), np.float32),
+        np.empty(batch, np.float32),
+        np.empty(batch, np.uint8),
+        np.empty(batch, view_dtype(size)),
+    )
+    params, done = fold_params(fold), 0
+    for start in range(0, len(events_N), batch):
+        check()
+        at = events_N[start : start + batch]
+        slots, events = history.user[at].astype(np.int64), history.events[at]
+        fold_with_views(rows, slots, events, params, *scratch[2:])
+        kept = np.flatnonzero(keep_N[start : start + batch])
+        for target, source in zip(out[2:], scratch[2:], strict=True):
+            target[done : done + len(kept)] = source[kept]
+        done += len(kept)
+    return out
+
+
+def before(history: History, until_ms: int) -> np.ndarray:
+    """(n,) bool: the events of each user, in offset order, that come before his first one after `until_ms`."""
+    first_U = np.full(len(history.users), len(history))
+    late = np.flatnonzero(history.events["ts"] > until_ms)
+    np.minimum.at(first_U, history.user[late], late)
+    return np.arange(len(history)) < first_U[history.user]
+
+
+def gate_start(
+    history: History, labels: Labels, horizons: HorizonsConfig, fraction: float, max_events: int | None = None
+) -> int | None:
+    """The instant G (ms) that ends training: the latest `fraction` of the matured time of the longest horizon for which
+    there is enough time to train before and to judge after. None where there is for no horizon.
+
+    Time begins with the `max_events` latest events, and never with the earliest thousandth: a platform whose clock
+    says 1970 now and then must not stretch it.
+    """
+    n = len(history)
+    if not n:
+        return None
+    skipped = max(n // 1000, n - (max_events or n))
+    first = int(np.partition(history.events["ts"], skipped)[skipped])
+    end = int(labels.watermark_N.max())
+    for horizon in sorted({int(h) for h in horizons_ms(horizons)}, reverse=True):
+        span = end - horizon - first
+        start = first + round((1.0 - fraction) * span)
+        if start - horizon - first >= fraction * span > 0:
+            return start
+    return None
+
+
+@dataclass
+class Examples:
+    """What the student learns from: M FOLDED events, sorted by user, then offset."""
+
+    index_M: np.ndarray
+    """Positions in the history."""
+    columns: Columns
+    """Tensors on the CPU."""
+    starts_M: np.ndarray
+    """bool: `h` is zero before it (first of a user, or of a user who was idle for too long)."""
+    user_M: np.ndarray
+    ts_M: np.ndarray
+    tasks: tuple[str, ...]
+    """BINARY_HEADS, then tasks that are learned and judged but not served."""
+    y_MT: np.ndarray
+    """float32 (M, T); means something only where one of the masks holds."""
+    learn_MT: np.ndarray
+    """bool: labels to learn from."""
+    check_MT: np.ndarray
+    """bool: labels to choose and calibrate by; of other events than those learned from."""
+    next_M: np.ndarray
+    """uint32: the next category where matured, else 0."""
+    learn_next_M: np.ndarray
+    """bool: the student learns from `next_M`; the tables count all of it."""
+    category_M: np.ndarray
+    """uint32: the user's last category, the event's own included."""
+    views_M: np.ndarray
+
+    @property
+    def platform_M(self) -> np.ndarray:
+        return self.columns.platform_N.numpy()
+
+    def __len__(self) -> int:
+        return len(self.ts_M)
+
+
+def heads_of(history: History, known: Mapping[str, tuple[str, ...]] | None, until_ms: int) -> dict[str, tuple[str, ...]]:
+    """Platform → heads that it can have, for every platform of the history. `known` (the platform files) decides where
+    it names a platform; for others the events up to `until_ms` do: a head is possible where its evidence occurs."""
+    seen = history.events["ts"] <= until_ms
+    heads = {}
+    for index, platform in enumerate(history.platforms):
+        own = history.events[seen & (history.platform == index)]
+        possible = {
+            "click": len(np.unique(own["kind"])) > 1,
+            "purchase": True,  # on any platform
+            "return": True,
+            "category": bool((own["category"] != 0).mean() > 0.05) if len(own) else False,
+        }
+        derived = tuple(head for head in HEADS if possible[head])
+        heads[platform] = tuple((known or {}).get(platform, derived))
+    return heads
+
+
+def make_examples(
+    history: History, labels: Labels, replayed: Replay, config: StudentConfig, horizons: HorizonsConfig, until_ms: int
+) -> Examples:
+    """FOLDED events of a replay with the labels that had matured by `until_ms`."""
+    at = folded(history, replayed)
+    index_M = replayed.index_M[at]
+    user_M, ts_M = history.user[index_M], history.events["ts"][index_M].copy()
+    platform_M = _rows_of(history, config)[history.platform[index_M]]
+    known_M4 = matured(Labels(*(column[index_M] for column in labels)), ts_M, horizons, until_ms)
+    known_M4 &= config.can_have()[platform_M]
+    held_out_M = _held_out(history.users)[user_M]
+    late_M = ts_M >= (np.median(ts_M) if len(ts_M) else 0)
+    return examples_of(
+        history,
+        replayed,
+        at,
+        config,
+        tasks=BINARY_HEADS,
+        y_MT=labels.y_N3[index_M].astype(np.float32),
+        learn_MT=known_M4[:, :CATEGORY] & ~held_out_M[:, None],
+        check_MT=known_M4[:, :CATEGORY] & (held_out_M & late_M)[:, None],
+        next_M=np.where(known_M4[:, CATEGORY], labels.category_N[index_M], 0).astype(np.uint32),
+        learn_next_M=known_M4[:, CATEGORY] & ~held_out_M,
+    )
+
+
+def folded(history: History, replayed: Replay) -> np.ndarray:
+    """(M,) places in the replay of its FOLDED events, sorted by user, then offset."""
+    at = np.flatnonzero(replayed.status_M == FOLDED)
+    return at[np.argsort(history.user[replayed.index_M[at]], kind="stable")]
+
+
+def examples_of(history: History, replayed: Replay, at: np.ndarray, config: StudentConfig, **labels) -> Examples:
+    """Examples of the places `at` of a replay, as `folded` gives them; `labels`: the fields of Examples that speak of
+    labels, in their order."""
+    index_M = replayed.index_M[at]
+    events, user_M = history.events[index_M], history.user[index_M]
+    features_MF, views_M = replayed.features_MF[at], replayed.views_M[at]
+    first_M = np.r_[True, user_M[1:] != user_M[:-1]][: len(at)]
+    return Examples(
+        index_M=index_M,
+        columns=Columns.of(events, features_MF, replayed.dt_s_M[at], _rows_of(history, config)[history.platform[index_M]]),
+        starts_M=first_M | starts_afresh(features_MF, replayed.status_M[at]),
+        user_M=user_M,
+        ts_M=events["ts"].copy(),
+        category_M=np.where(views_M["n"] > 0, views_M["ring_category"][:, 0], 0).astype(np.uint32),
+        views_M=views_M,
+        **labels,
+    )
+
+
+def _rows_of(history: History, config: StudentConfig) -> np.ndarray:
+    """(platforms of the history,) → the model's platform index, 0 for one that it does not know."""
+    row = {name: i for i, name in enumerate(config.platforms, start=1)}
+    return np.array([row.get(name, 0) for name in history.platforms], np.int64)
+
+
+def _held_out(users: list[str]) -> np.ndarray:
+    """(U,) bool, the same in every round: by the user's pseudonym."""
+    return np.fromiter((hash64(user) % HELD_OUT == 0 for user in users), bool, len(users))
