@@ -1,0 +1,143 @@
+"""The teacher: cross-fitting knows nobody's own label, members that add nothing are dropped, and the student hears it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from synthetic_history import make_canonical, store_events
+from test_training import FOLD, HORIZONS, PRIOR
+
+from models.fold import N_FEATURES
+from models.student import StudentConfig
+from trainer import boosting, metrics
+from trainer.examples import gate_start, heads_of, make_examples, replay
+from trainer.fit import Schedule, logits, of_users_with
+from trainer.history import HistoryStore
+from trainer.labels import make_labels
+from trainer.teacher import choose, teach
+from trainer.train import train
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
+    store = HistoryStore(str(tmp_path_factory.mktemp("history")))
+    store_events(store, make_canonical(300))
+    return store.read()
+
+
+@pytest.fixture(scope="module")
+def config(history):
+    gate_ms = gate_start(history, make_labels(history, FOLD, HORIZONS), HORIZONS, 0.2)
+    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate_ms))
+
+
+@pytest.fixture(scope="module")
+def examples(history, config):
+    labels = make_labels(history, FOLD, HORIZONS)
+    gate_ms = gate_start(history, labels, HORIZONS, 0.2)
+    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate_ms), config, HORIZONS, gate_ms)
+
+
+@pytest.fixture(scope="module")
+def teaching(examples):
+    return teach(examples)
+
+
+def test_a_cross_fitted_model_cannot_say_what_only_the_label_tells():
+    """Noise features and random labels: whoever has seen the label fits it; out of fold there is nothing to know."""
+    rng = np.random.default_rng(0)
+    x, user = rng.normal(size=(2000, 8)).astype(np.float32), np.repeat(np.arange(200), 10)
+    x[:, 0] = user  # a user is recognised by his feature
+    y = rng.integers(0, 2, 200)[user].astype(np.float32)
+    learn = np.ones(2000, bool)
+    fitted = boosting.cross_fit(x, y, learn, user)
+    seen = boosting.fit_boosting(x, y)(x)
+    assert metrics.auc(y, seen) > 0.8
+    assert 0.35 < metrics.auc(y, fitted.boosting_M) < 0.65
+
+
+def test_cross_fitting_without_both_outcomes_says_so():
+    x, y = np.zeros((50, 3), np.float32), np.ones(50)
+    assert boosting.cross_fit(x, y, np.ones(50, bool), np.arange(50)) is None
+
+
+def test_tuning_takes_the_trial_that_does_best_on_validation():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(1500, 6)).astype(np.float32)
+    y = (rng.random(1500) < 1 / (1 + np.exp(-2 * x[:, 0] * x[:, 1]))).astype(np.float32)
+    predict = boosting.fit_tuned(x[:800], y[:800], x[800:1100], y[800:1100], trials=3)
+    assert metrics.auc(y[1100:], predict(x[1100:])) > 0.65
+    assert metrics.auc(y[1100:], boosting.fit_logistic(x[:800], y[:800])(x[1100:])) < 0.6
+
+
+def test_the_teacher_beats_the_base_rates_where_it_speaks(examples, teaching):
+    ours, base = [], []
+    for task in range(3):
+        shop = examples.platform_M == 1
+        check, learn = shop & examples.check_MT[:, task], shop & examples.learn_MT[:, task]
+        z, y = teaching.logits_MT[check, task], examples.y_MT[check, task]
+        ours.append(metrics.log_loss(y, 1 / (1 + np.exp(-z))))
+        base.append(metrics.log_loss(y, np.full(len(y), examples.y_MT[learn, task].mean())))
+    assert np.mean(ours) < np.mean(base) - 0.01
+
+
+def test_a_platform_without_labels_of_a_task_is_not_taught(examples, history, teaching):
+    till = examples.platform_M == 1 + history.platforms.index("till")
+    assert np.isnan(teaching.logits_MT[till, 0]).all() and np.isfinite(teaching.logits_MT[till, 1]).all()
+
+
+def test_a_member_that_adds_nothing_is_dropped_and_the_reason_has_the_numbers(examples):
+    rng = np.random.default_rng(0)
+    good = np.where(examples.y_MT > 0, 1.0, -1.0).astype(np.float32)
+    members = {"good": good, "noise": rng.normal(0, 3, good.shape).astype(np.float32), "same": good * 1.1}
+    kept, reasons = choose(examples, members)
+    assert "noise" not in kept and reasons["noise"].startswith("dropped: log-loss 0.")
+    assert set(reasons) == set(members)
+    blind = dataclasses.replace(examples, check_MT=np.zeros_like(examples.check_MT))
+    assert choose(blind, members)[0] == tuple(members)
+
+
+def test_a_further_member_hears_the_offset_and_counts_where_it_helps(examples):
+    def oracle(examples, offset_MT):
+        assert np.isfinite(offset_MT[examples.learn_MT]).all()
+        return np.where(examples.y_MT > 0, 4.0, -4.0)
+
+    teaching = teach(examples, more={"oracle": oracle})
+    assert teaching.kept == ("oracle",)
+    assert np.isnan(teaching.members_MT["oracle"]).any()  # it does not speak where nothing is taught
+
+
+@pytest.mark.parametrize("way", ["serving", "auxiliary"])
+def test_the_student_learns_what_the_teacher_says(examples, config, history, way):
+    """A teacher that knows a truth which the labels do not show: users by number."""
+    secret = np.where(examples.columns.features_NF.numpy()[:, 5] > 0.5, 3.0, -3.0)
+    soft_MT = np.repeat(secret[:, None], 3, axis=1).astype(np.float32)
+    schedule = Schedule(epochs=2, soft_weight=1.0, way=way)
+    trained = train(examples, config, history.categories, FOLD, schedule, prior_logits_3=PRIOR, soft_MT=soft_MT)
+    at = of_users_with(examples, examples.check_MT)
+    agreement = metrics.auc((secret > 0)[at], logits(trained.network, examples, at)[:, 2])
+    assert agreement > 0.95 if way == "serving" else agreement < 0.9
+
+
+def test_events_without_labels_are_heard_too(examples, config, history):
+    nothing = dataclasses.replace(
+        examples, learn_MT=np.zeros_like(examples.learn_MT), learn_next_M=np.zeros_like(examples.learn_next_M)
+    )
+    soft_MT = np.full(examples.y_MT.shape, 2.0, np.float32)
+    schedule = Schedule(epochs=3, soft_weight=0.9)
+    trained = train(nothing, config, history.categories, FOLD, schedule, prior_logits_3=PRIOR, soft_MT=soft_MT)
+    assert logits(trained.network, examples, np.arange(200)).mean() > 1.0
+
+
+def test_shuffled_teaching_makes_a_worse_student(examples, config, history, teaching):
+    """If it did not, distillation would be doing something else than teaching."""
+    order = np.random.default_rng(0).permutation(len(examples))
+    losses = []
+    for soft_MT in (teaching.logits_MT, teaching.logits_MT[order]):
+        schedule = Schedule(epochs=4, soft_weight=0.9, patience=9)
+        trained = train(examples, config, history.categories, FOLD, schedule, prior_logits_3=PRIOR, soft_MT=soft_MT)
+        losses.append(trained.fitted.check_loss)
+    assert losses[0] < losses[1]
