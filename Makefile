@@ -10,7 +10,7 @@ BENCH  ?= throughput
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit kafka kafka-stop test-kafka bench lint build clean
+.PHONY: help setup demo test test-unit kafka kafka-stop test-kafka bench bench-quality lint build clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk '{ name = $$1; sub(/^[^ ]* */, ""); printf "%-12s %s\n", substr(name, 1, length(name) - 1), $$0 }'
@@ -45,6 +45,9 @@ test-kafka: setup  ## the tests with a broker, on Apache Kafka of their own
 
 bench: setup  ## a benchmark: BENCH=throughput ARGS="..."
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+
+bench-quality: setup  ## how well it predicts, on the data sets of CROSSCURRENT_DATA; ARGS="--quick --json FILE"
+	PYTHONPATH=. $(BIN)/python benchmarks/quality.py $(ARGS)
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

@@ -1,0 +1,119 @@
+"""The quality benchmark's own parts: trips, anchors, the split, paired differences. The real data where they are there."""
+
+import numpy as np
+import pytest
+
+from benchmarks import datasets, quality
+from benchmarks.datasets import MATRIX, TASKS, TEST, TRAIN, VALIDATE
+from models.events import CanonicalEvent
+from trainer import metrics
+
+MINUTE_MS = 60_000
+
+
+def line(user: str, minute: float, session: str, item: str, price: float, quantity: float = 1.0, kind: str = "purchase"):
+    return CanonicalEvent(
+        event_id=f"{session}-{item}", platform="p", user=user, kind=kind, ts=int(minute * MINUTE_MS), item=item,
+        category=f"c-{item}", session=session, price=price, quantity=quantity,
+    )  # fmt: skip
+
+
+def test_lines_of_an_invoice_are_one_event_whose_item_is_what_was_most_spent_on():
+    lines = [line("a", 0, "1", "x", 2.0, 5), line("a", 0, "1", "y", 8.0), line("b", 0, "2", "x", 1.0)]
+    one, other = datasets._trips(lines, 0)
+    assert (one.user, one.item, one.category, one.price, one.quantity) == ("a", "x", "c-x", 18.0, 2.0)
+    assert (other.user, other.price) == ("b", 1.0)
+
+
+def test_baskets_within_the_gap_are_one_trip_at_the_time_of_the_last():
+    lines = [line("a", 0, "1", "x", 1.0), line("a", 29, "2", "y", 1.0), line("a", 58, "3", "z", 1.0)]
+    lines += [line("a", 89, "4", "w", 1.0)]
+    trips = list(datasets._trips(lines, 30 * MINUTE_MS))
+    assert [trip.ts // MINUTE_MS for trip in trips] == [58, 89]
+    assert [trip.ts // MINUTE_MS for trip in datasets._trips(lines, 0)] == [0, 29, 58, 89]
+
+
+def test_a_cancellation_is_no_part_of_a_purchase():
+    lines = [line("a", 0, "1", "x", 1.0), line("a", 0, "1", "y", 1.0, kind="cancel")]
+    assert [trip.kind for trip in datasets._trips(lines, 0)] == ["purchase", "cancel"]
+
+
+def test_so_far_counts_the_event_itself_and_nobody_else():
+    user, bought = np.array([0, 1, 0, 1, 0]), np.array([True, False, False, True, True])
+    assert datasets._so_far(bought, user).tolist() == [1, 0, 1, 1, 2]
+
+
+def test_at_most_so_many_anchors_a_user_in_each_part_the_same_every_time():
+    rng = np.random.default_rng(0)
+    user, split = rng.integers(0, 5, 1000), rng.integers(0, 3, 1000).astype(np.int8)
+    of = rng.random(1000) < 0.9
+    kept = datasets._at_most(20, of, user, split)
+    assert not (kept & ~of).any()
+    assert np.bincount(user[kept] * 3 + split[kept]).tolist() == [20] * 15
+    assert (kept == datasets._at_most(20, of, user, split)).all()
+
+
+def test_a_gap_of_the_horizon_lies_between_the_parts():
+    horizon = {"click": 1800 / 86400, "purchase": 1.0, "return": 7.0, "return_1d": 1.0, "return_30d": 30.0}
+    for name, spec in MATRIX.items():
+        for (_, stop), (start, _) in zip(spec.days, spec.days[1:], strict=False):
+            assert start - stop >= max(horizon[task] for task in spec.tasks), name
+
+
+def cells(gain: float) -> dict:
+    """Two cells; `ours` ranks better than `theirs` by about `gain`."""
+    rng = np.random.default_rng(0)
+    out = {}
+    for name in ("x", "y"):
+        user, y = np.repeat(np.arange(200), 5), (rng.random(1000) < 0.4).astype(float)
+        noise = rng.normal(size=1000)
+        resamples = metrics.Resamples(user, 100)
+        scores = {"ours": y * (1 + gain) + noise, "theirs": y + noise, "worse": 0.3 * y + noise}
+        out["p", name] = {
+            "models": {k: quality._figures(y, z, 1 / (1 + np.exp(-z)), user, resamples) for k, z in scores.items()}
+        }
+    return out
+
+
+def test_differences_are_paired_and_against_the_best_in_each_cell():
+    same = quality.difference(cells(0.0), "ours", ("theirs", "worse"))
+    assert same == (0.0, 0.0, 0.0)
+    better = quality.difference(cells(0.3), "ours", ("theirs", "worse"))
+    assert better.low > 0 and better.value > 0.02
+    assert quality.difference(cells(0.3), "ours", "worse").value > better.value
+    lone = cells(0.3)["p", "x"]
+    assert quality.best_of(lone, ("theirs", "worse"), "auc") == "theirs"
+    assert quality.best_of(lone, ("theirs", "worse"), "log_loss") == min(
+        ("theirs", "worse"), key=lambda name: lone["models"][name]["log_loss"]
+    )
+
+
+def test_the_rate_of_a_user_knows_only_what_had_matured():
+    user, ts = np.array([1, 1, 1, 1, 2]), np.array([0, 10, 20, 30, 30])
+    y, anchor = np.array([1.0, 1.0, 0.0, 1.0, 1.0]), np.array([True, False, True, True, True])
+    hits, n = quality._matured_before(user, ts, y, anchor, 10)
+    assert hits.tolist() == [0, 1, 1, 1, 0]
+    assert n.tolist() == [0, 1, 1, 2, 0]
+
+
+def test_draws_stay_out_of_the_json():
+    written = quality.plain(cells(0.1))
+    assert set(written) == {"p x", "p y"}
+    assert "auc" in written["p x"]["models"]["ours"] and "auc_draws" not in written["p x"]["models"]["ours"]
+
+
+@pytest.mark.data
+def test_the_matrix_on_the_real_data(data_dir):
+    """Anchors and base rates of two platforms as the data's own description has them."""
+    data = datasets.load(data_dir, ["taobao", "online_retail_uk"])
+    at = data.of("taobao", "click", TEST)
+    assert (len(at), len(np.unique(data.history.user[at]))) == (15_676, 8_042)
+    rates = data.y_NT[at].mean(axis=0)
+    for task, rate in (("click", 0.246), ("purchase", 0.361), ("return_1d", 0.537)):
+        assert rates[TASKS.index(task)] == pytest.approx(rate, abs=5e-4)
+    assert not len(data.of("online_retail_uk", "click", TEST))
+    assert 2_370 < len(data.of("online_retail_uk", "return", TEST)) < 2_400
+    for platform in (0, 1):
+        ts = [data.history.events["ts"][(data.split_N == part) & (data.history.platform == platform)] for part in range(3)]
+        assert ts[TRAIN].max() < ts[VALIDATE].min() and ts[VALIDATE].max() < ts[TEST].min()
+    assert not (data.taught_N & np.isin(data.split_N, (VALIDATE, TEST))).any()
