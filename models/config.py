@@ -12,6 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 Positive = Annotated[float, Field(gt=0)]
 
 
+GATE_RULES = (
+    "finite", "cells", "log_loss", "better", "hit_rate", "auc", "pr_auc", "ece", "predicted_over_actual", "slices", "p99",
+)  # fmt: skip
+"""Of trainer/gate.py, which says what each is."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -125,6 +131,8 @@ class TrainerConfig(_Section):
     """Share of the matured time span, the latest, that gates."""
     major_every: Annotated[int, Field(ge=1)] = 12
     """Every n-th publication trains the recurrence anew (a major version); the others only heads and tables."""
+    enforce: tuple[Literal[GATE_RULES], ...] = ("finite", "cells", "log_loss", "better", "hit_rate")
+    """Rules of the gate that refuse a candidate. What the others find is logged and lies in the manifest."""
     bootstrap_draws: Annotated[int, Field(ge=40)] = 200
     """Resamples of users behind each interval of the gate."""
     p99_budget_ms: Positive = 50.0

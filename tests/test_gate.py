@@ -321,6 +321,15 @@ def test_bad_calibration_refuses_even_a_better_model_unless_it_is_to_be_forgiven
     assert {"ece", "predicted_over_actual"} <= refusing(decide(turned, LIMITS._replace(forgive_better=True)))
 
 
+def test_a_rule_that_is_not_enforced_is_reported_and_refuses_nothing():
+    user, p = truth(60_000, 4000, offset=-2.7)
+    case = evidence(user, outcomes(p), 1.15 * p, 1.5 * p)
+    verdict = decide(case, LIMITS._replace(enforced=("finite", "cells", "log_loss", "better")))
+    assert verdict.outcome == "published" and refusing(verdict) == {"ece", "predicted_over_actual"}
+    assert {line.split(":")[0] for line in verdict.noticed} == {"ece", "predicted_over_actual"}
+    assert decide(case, LIMITS).noticed == ()
+
+
 def test_the_calibration_error_is_the_one_of_the_metrics_where_events_are_independent():
     _, p = truth(20_000)
     y = outcomes(sigmoid(0.6 * logit(p)))

@@ -71,6 +71,11 @@ PUBLIC = {
     "models.fold": ["FoldParams", "fold", "fold_params", "refold_rings", "starts_afresh", "warm"],
     "models.artifact": ["Golden", "Manifest", "list_versions", "load", "load_prior", "publish", "versions", "write_prior"],
     "trainer.run": ["RoundResult", "run_trainer"],
+    "trainer.gate": [
+        "CellVerdict", "Compared", "Evidence", "Limits", "Rule", "SliceVerdict", "Verdict",
+        "adversarial", "decide", "examine", "scoring_p99_ms",
+    ],
+    "trainer.teacher": ["Teaching", "check_loss", "choose", "teach"],
 }  # fmt: skip
 
 

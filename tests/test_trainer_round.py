@@ -249,7 +249,7 @@ async def test_a_broker_that_is_not_there_fails_the_round_and_not_the_program(tm
 @pytest.mark.broker
 async def test_a_candidate_that_the_gate_refuses_is_not_stored_and_the_reason_is_said(settings):
     await produce(settings, EVENTS)
-    slow = settings.trainer.model_copy(update={"p99_budget_ms": 1e-6, "epochs": 1})
+    slow = settings.trainer.model_copy(update={"p99_budget_ms": 1e-6, "epochs": 1, "enforce": ("better", "p99")})
     (result,) = await run_trainer(settings.model_copy(update={"trainer": slow}), once=True)
     assert result.outcome == "refused" and "ms for 1,024 events, budget 0.00 ms" in result.reason
     assert result.verdict.limits.draws == settings.trainer.bootstrap_draws

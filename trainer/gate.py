@@ -4,7 +4,7 @@
     adversarial: extreme rows and events ─► problems     ├─► Evidence ─► decide ─► Verdict ─► the manifest, the log
     scoring_p99_ms: the clock ─► ms ─────────────────────┘     (examine)     (pure)
 
-Rules, every one of which is judged and reported, in this order (`Limits` holds the numbers):
+Rules, every one of which is judged and reported, in this order (`Limits` holds the numbers, and which of them refuse):
 
     finite                  a number for every extreme and every judged event                      else not_finite
     cells                   some platform × head has enough later events                           else too_few
@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from models.config import GATE_RULES
 from models.events import BINARY_HEADS, EVENT, PURCHASE, platform_code
 from models.fold import DUPLICATE, MAX_QUANTITY
 from models.scorer import Model, Scorer, Scores
@@ -86,6 +87,8 @@ class Limits(NamedTuple):
     hit_rate_drop: float = 0.02
     """In the mean over platforms of HR@5."""
     p99_ms: float = 50.0
+    enforced: tuple[str, ...] = GATE_RULES
+    """Rules that refuse. What the others find is said and written down, and refuses nothing."""
 
 
 class Evidence(NamedTuple):
@@ -161,7 +164,9 @@ class Verdict(NamedTuple):
 
     outcome: Outcome
     reason: str
-    """All refusals, or by how much the candidate is better."""
+    """All refusals of the rules that are enforced, or by how much the candidate is better."""
+    noticed: tuple[str, ...]
+    """What rules found that are not enforced."""
     log_loss: Compared
     """Mean over the cells that gate, each counted once."""
     rules: tuple[Rule, ...]
@@ -282,12 +287,13 @@ def decide(evidence: Evidence, limits: Limits | None = None, *, check: Check = l
         _slices_rule(slices),
         _p99(evidence.p99_ms, limits),
     )
-    refusing = [rule for rule in rules if rule.refusals]
+    refusing = [rule for rule in rules if rule.refusals and rule.name in limits.enforced]
     outcome = _OUTCOMES.get(refusing[0].name, "refused") if refusing else "published"
     better = f"mean log-loss {log_loss.candidate:.4f} under {log_loss.incumbent:.4f} over {len(gating)} cells"
     return Verdict(
         outcome=outcome,
         reason="; ".join(refusal for rule in refusing for refusal in rule.refusals) or better,
+        noticed=tuple(r for rule in rules if rule.name not in limits.enforced for r in rule.refusals),
         log_loss=log_loss,
         rules=rules,
         cells=cells,

@@ -231,9 +231,15 @@ class _Trainer:
                 check=self._check,
             )
         with stages.stage("gate"):
-            limits = Limits(draws=options.bootstrap_draws, seed=options.seed, p99_ms=options.p99_budget_ms)
+            limits = Limits(
+                draws=options.bootstrap_draws, seed=options.seed, p99_ms=options.p99_budget_ms, enforced=options.enforce
+            )
             evidence = gate.examine(trained.model, compared, limits, _device(settings))
             verdict = gate.decide(evidence, limits, check=self._check)
+        if verdict.noticed:
+            log.warning(
+                "the gate noticed what it does not refuse", rules=list(options.enforce), noticed=list(verdict.noticed)
+            )
         self.judged_events = n
         result = _decide(trained, compared, verdict, n)
         if result.outcome != "published":
