@@ -379,6 +379,51 @@ def table(cells: dict, models: list[str], figure: str) -> str:
     return "\n".join(lines)
 
 
+def report(result: dict, models: list[str], command: str) -> str:
+    """The committed page."""
+    cells, machine_ = result["cells"], result["machine"]
+    lines = [
+        "# Quality on recorded data",
+        "",
+        f"`{command}`, {result['seeds']} seed(s), {result['draws']} bootstrap draws of users, {machine_['cpu']} with "
+        f"{machine_['cores']} cores, Python {machine_['python']}, {result['minutes']} minutes. Written by the command; the "
+        "same figures, and more, are in `benchmarks/quality.json`. Which platform has which task, on which anchors and days: "
+        "`benchmarks/datasets.py`. complete_journey's provenance is contested: real and simulated are both said of it. "
+        "All populations are selected buyers, so base rates are not those of a shop.",
+        "",
+        "## Bars",
+        "",
+        "| bar | must | aim | value | must met | aim met |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, bar in result["bars"].items():
+        met, aim = ("yes" if bar[key] else "**no**" for key in ("met", "aim_met"))
+        lines.append(f"| {name} | {bar['must']} | {bar['aim']} | {_short(bar['value'])} | {met} | {aim} |")
+    lines += [
+        "",
+        "The student is one network for all platforms; *distilled* is the same, taught by *teacher*. Values of two ",
+    ]
+    lines[-1] += (
+        "brackets are point [low, high], paired, 95 %, users resampled; the best baseline is chosen in each cell, on test."
+    )
+    for figure, title in (("auc", "AUC"), ("log_loss", "Log-loss, calibrated on validation"), ("pr_auc", "PR-AUC")):
+        lines += ["", f"## {title}", "", table(cells, models, figure)]
+    lines += ["", "## The teacher's members", ""]
+    lines += [f"- {name}: {reason}" for name, reason in result["teacher"]["reasons"].items()]
+    wrong = [f"- {name}: {what}" for name, what in result["canaries"].items()]
+    lines += ["", "## Canaries", "", *(wrong or ["None tripped: shuffled labels, planted future, single features, replay."])]
+    return "\n".join(lines) + "\n"
+
+
+def _short(value) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_short(part)}" for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        point, low, high = value
+        return f"{point:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
 def plain(value):
     """For JSON: arrays of draws are left out."""
     if isinstance(value, dict):
@@ -422,6 +467,9 @@ def main(arguments: argparse.Namespace) -> int:
         note(f"{'met   ' if bar['met'] else 'MISSED'} {name}: {plain(bar['value'])} (must {bar['must']}, aim {bar['aim']})")
     for name, what in wrong.items():
         note(f"CANARY {name}: {what}")
+    if arguments.report:
+        flags = " ".join(["--quick"] * arguments.quick)
+        arguments.report.write_text(report(result, list(models), f'make bench-quality ARGS="{flags}"'))
     if arguments.json:
         arguments.json.write_text(json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(plain(result), ensure_ascii=False), flush=True)
@@ -439,6 +487,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=Path(shared))
     parser.add_argument("--cache", type=Path, default=datasets.ROOT / ".crosscurrent" / "quality")
     parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--report", type=Path, help="write the result as Markdown here")
     parser.add_argument("--quick", action="store_true", help="one seed, 100 draws, 4 trials of tuning")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     sys.exit(main(parser.parse_args()))

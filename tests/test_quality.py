@@ -117,3 +117,21 @@ def test_the_matrix_on_the_real_data(data_dir):
         ts = [data.history.events["ts"][(data.split_N == part) & (data.history.platform == platform)] for part in range(3)]
         assert ts[TRAIN].max() < ts[VALIDATE].min() and ts[VALIDATE].max() < ts[TEST].min()
     assert not (data.taught_N & np.isin(data.split_N, (VALIDATE, TEST))).any()
+
+
+def test_the_report_says_of_each_bar_whether_it_was_met():
+    bar = {"must": "≥ 0", "aim": "≥ 1", "value": [0.5, 0.1, 0.9], "met": True, "aim_met": False}
+    result = {
+        "cells": {},
+        "machine": {"cpu": "a", "cores": 2, "python": "3"},
+        "seeds": 1,
+        "draws": 10,
+        "minutes": 1.0,
+        "bars": {"x": bar, "y": bar | {"value": 61_828, "met": False}},
+        "teacher": {"reasons": {"boosting": "kept"}},
+        "canaries": {"z": "tripped"},
+    }
+    page = quality.report(result, [], "command")
+    assert "| x | ≥ 0 | ≥ 1 | +0.5000 [+0.1000, +0.9000] | yes | **no** |" in page
+    assert "| y | ≥ 0 | ≥ 1 | 61,828 | **no** | **no** |" in page
+    assert "- z: tripped" in page and "- boosting: kept" in page
