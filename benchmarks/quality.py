@@ -387,8 +387,8 @@ def report(result: dict, models: list[str], command: str) -> str:
         "",
         f"`{command}`, {result['seeds']} seed(s), {result['draws']} bootstrap draws of users, {machine_['cpu']} with "
         f"{machine_['cores']} cores, Python {machine_['python']}, {result['minutes']} minutes. Written by the command; the "
-        "same figures, and more, are in `benchmarks/quality.json`. Which platform has which task, on which anchors and days: "
-        "`benchmarks/datasets.py`. complete_journey's provenance is contested: real and simulated are both said of it. "
+        "same figures, and more, are in `benchmarks/quality.json`. Which platform has which task, on which anchors and "
+        "days: `benchmarks/datasets.py`. complete_journey's provenance is contested: real and simulated are both said of it. "
         "All populations are selected buyers, so base rates are not those of a shop.",
         "",
         "## Bars",
