@@ -480,7 +480,9 @@ def main(arguments: argparse.Namespace) -> int:
         note(f"CANARY {name}: {what}")
     if arguments.report:
         flags = " ".join(["--quick"] * arguments.quick)
-        arguments.report.write_text(report(result, list(models), f'make bench-quality ARGS="{flags}"'))
+        arguments.report.write_text(
+            report(result, list(models), f'make bench-quality ARGS="{flags}"'.replace(' ARGS=""', ""))
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(plain(result), ensure_ascii=False), flush=True)
