@@ -102,8 +102,6 @@ class DataSet(NamedTuple):
     """bool: the platform has this task."""
     category_N: np.ndarray
     """uint32: hash of the next category, strictly later; 0 where none follows."""
-    text: dict[int, str]
-    """hash32 of an item → its words, where the platform has them."""
 
     def of(self, platform: str, task: str, part: int) -> np.ndarray:
         """Positions of a cell's anchors in one part of the split."""
@@ -191,7 +189,7 @@ def _trip(lines: list[CanonicalEvent]) -> CanonicalEvent:
 
 
 def _as_dataset(events: list[CanonicalEvent], platforms: tuple[str, ...]) -> DataSet:
-    history, text = _as_history(events, platforms)
+    history = _as_history(events, platforms)
     labels = {}
     fold = FoldConfig()
     for task, seconds in RETURNS_S.items():
@@ -206,15 +204,14 @@ def _as_dataset(events: list[CanonicalEvent], platforms: tuple[str, ...]) -> Dat
         own = np.flatnonzero(history.platform == index)
         split_N[own], anchor_N[own], taught_N[own] = _split(history, own, MATRIX[name])
         can_NT[own] = [task in MATRIX[name].tasks for task in TASKS]
-    return DataSet(history, split_N, taught_N, anchor_N, y_NT, can_NT, first.category_N, text)
+    return DataSet(history, split_N, taught_N, anchor_N, y_NT, can_NT, first.category_N)
 
 
-def _as_history(events: list[CanonicalEvent], platforms: tuple[str, ...]) -> tuple[History, dict[int, str]]:
+def _as_history(events: list[CanonicalEvent], platforms: tuple[str, ...]) -> History:
     n = len(events)
     out = np.zeros(n, EVENT)
     users: dict[str, int] = {}
     categories: dict[int, str] = {}
-    text: dict[int, str] = {}
     out["offset"] = np.arange(n)
     out["ts"] = [event.ts for event in events]
     out["item"] = [hash32(event.item) for event in events]
@@ -224,15 +221,13 @@ def _as_history(events: list[CanonicalEvent], platforms: tuple[str, ...]) -> tup
     out["kind"] = [KIND_CODE[event.kind] for event in events]
     out["price"] = [price_bucket(event.price) for event in events]
     out["id"] = event_hashes(np.array([hash64(event.event_id) for event in events], np.uint64), out["platform"])
-    for event, item, category in zip(events, out["item"].tolist(), out["category"].tolist(), strict=True):
+    for event, category in zip(events, out["category"].tolist(), strict=True):
         if event.category:
             categories[category] = event.category
-        if event.text and item not in text:
-            text[item] = event.text
     user = np.array([users.setdefault(event.user, len(users)) for event in events], np.int32)
     platform = np.array([platforms.index(event.platform) for event in events], np.int16)
     zeros = np.zeros(n, np.int32)
-    return History(out, user, platform, zeros, np.arange(n), list(users), platforms, categories), text
+    return History(out, user, platform, zeros, np.arange(n), list(users), platforms, categories)
 
 
 def _split(history: History, own: np.ndarray, spec: Spec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -273,8 +268,3 @@ def _at_most(most: int, of: np.ndarray, user: np.ndarray, split: np.ndarray, see
     out = np.zeros(len(of), bool)
     out[at[order[rank < most]]] = True
     return out
-
-
-def subset_users(data: DataSet, keep_U: np.ndarray) -> DataSet:
-    """The data set with training anchors of the users of `keep_U` (U,) bool only; everybody is still judged."""
-    return data._replace(anchor_N=data.anchor_N & ((data.split_N != TRAIN) | keep_U[data.history.user]))

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from scipy import stats
 
 from benchmarks import datasets
 from benchmarks.datasets import CELLS, TASKS, TEST, TRAIN, VALIDATE, DataSet
+from benchmarks.throughput import machine
 from models.artifact import load_prior
 from models.config import FoldConfig
 from models.fold import FEATURE_NAMES, N_FEATURES
@@ -163,18 +163,17 @@ def user_rate(bench: Bench, strength: float = 5.0) -> np.ndarray:
 
 def _matured_before(user, ts, y, anchor, horizon_ms) -> tuple[np.ndarray, np.ndarray]:
     hits, n = np.zeros(len(user)), np.zeros(len(user))
-    begin = done = 0
+    done = 0
     sum_hits = sum_n = 0.0
     for i in range(len(user)):
         if i == 0 or user[i] != user[i - 1]:
-            begin = done = i
+            done = i
             sum_hits = sum_n = 0.0
         while done < i and ts[done] + horizon_ms <= ts[i]:
             if anchor[done]:
                 sum_hits, sum_n = sum_hits + y[done], sum_n + 1
             done += 1
         hits[i], n[i] = sum_hits, sum_n
-    assert begin <= len(user)
     return hits, n
 
 
@@ -487,11 +486,6 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.json.write_text(json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(plain(result), ensure_ascii=False), flush=True)
     return 1 if wrong else 0
-
-
-def machine() -> dict:
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return {"cpu": cpu[1] if cpu else "unknown", "cores": os.cpu_count(), "python": sys.version.split()[0]}
 
 
 if __name__ == "__main__":

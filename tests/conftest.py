@@ -69,6 +69,17 @@ def topics(prefix: str) -> TopicsConfig:
     return TopicsConfig(**{name: prefix + name for name in names}, partitions=4)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One torch thread while a module's tests run."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of the real data sets; the test is skipped where it is absent."""

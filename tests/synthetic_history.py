@@ -4,10 +4,12 @@ Two shops: `shop` has a funnel and categories, `till` has purchases only and no 
 buyer or a looker, for life; after a cart a purchase is likely; a session stays mostly with one of the user's categories.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from models.events import CanonicalEvent
-from trainer.history import HistoryStore
+from trainer.history import History, HistoryStore
 
 START_MS = 1_700_000_000_000
 HOUR_MS = 3_600_000
@@ -61,3 +63,10 @@ def store_events(store: HistoryStore, events: list[CanonicalEvent]) -> None:
     for partition, own in by_partition.items():
         first = store.next_offset(partition)
         store.append(partition, first, first + len(own) - 1, range(first, first + len(own)), own)
+
+
+def make_history(folder: Path, n_users: int = 300) -> History:
+    """`make_canonical`, stored in a folder and read back."""
+    store = HistoryStore(str(folder))
+    store_events(store, make_canonical(n_users))
+    return store.read()

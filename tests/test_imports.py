@@ -75,7 +75,7 @@ PUBLIC = {
         "CellVerdict", "Compared", "Evidence", "Limits", "Rule", "SliceVerdict", "Verdict",
         "adversarial", "decide", "examine", "scoring_p99_ms",
     ],
-    "trainer.teacher": ["Teaching", "check_loss", "choose", "teach"],
+    "trainer.teacher": ["Teaching", "choose", "teach"],
 }  # fmt: skip
 
 

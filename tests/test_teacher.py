@@ -4,8 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
-from synthetic_history import make_canonical, store_events
+from synthetic_history import make_history
 from test_training import FOLD, HORIZONS, PRIOR
 
 from models.fold import N_FEATURES
@@ -13,19 +12,16 @@ from models.student import StudentConfig
 from trainer import boosting, metrics
 from trainer.examples import gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule, logits, of_users_with
-from trainer.history import HistoryStore
 from trainer.labels import make_labels
 from trainer.teacher import choose, teach
 from trainer.train import train
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory):
-    store = HistoryStore(str(tmp_path_factory.mktemp("history")))
-    store_events(store, make_canonical(300))
-    return store.read()
+    return make_history(tmp_path_factory.mktemp("history"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from synthetic_history import HOUR_MS, START_MS, make_canonical, store_events
+from synthetic_history import HOUR_MS, START_MS, make_history
 
 from models.config import FoldConfig, HorizonsConfig
 from models.events import HEADS
@@ -17,7 +17,6 @@ from trainer import evaluate as judge
 from trainer.evaluate import LEAST_CELL, compare, evaluate, predict
 from trainer.examples import before, gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule
-from trainer.history import HistoryStore
 from trainer.labels import horizons_ms, make_labels, matured
 from trainer.train import _category_targets, affine, train
 
@@ -27,19 +26,12 @@ PRIOR = np.array([0.5, -2.0, 0.3])
 DAY_MS = 24 * HOUR_MS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before_test = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before_test)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory):
-    store = HistoryStore(str(tmp_path_factory.mktemp("history")))
-    store_events(store, make_canonical(300))
-    return store.read()
+    return make_history(tmp_path_factory.mktemp("history"))
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,7 @@ MINUTE_MS, START_MS = 60_000, 1_700_000_000_000
 SCHEDULE = Schedule(epochs=2, rate=2e-3, seed=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before_test = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before_test)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**changes) -> TransformerConfig:

@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from models.config import HorizonsConfig
 from models.events import BINARY_HEADS, HEADS
 from models.fold import FEATURE_NAMES, FOLDED
 from models.scorer import Model, Scorer
+from trainer import metrics
 from trainer.examples import before
 from trainer.history import History
 from trainer.labels import Labels, matured
@@ -280,7 +280,7 @@ def _cell(y: np.ndarray, p: np.ndarray) -> Cell:
     p = np.clip(p.astype(np.float64), 1e-7, 1.0 - 1e-7)
     loss = -np.where(y == 1, np.log(p), np.log1p(-p)).mean()
     both = 0 < int(y.sum()) < len(y) and bool(np.isfinite(p).all())
-    return Cell(len(y), float(y.mean()), float(loss), float(roc_auc_score(y, p)) if both else float("nan"))
+    return Cell(len(y), float(y.mean()), float(loss), metrics.auc(y, p) if both else float("nan"))
 
 
 def _category_cell(next_N: np.ndarray, category_N5: np.ndarray, p_N5: np.ndarray, n_categories: int) -> CategoryCell:

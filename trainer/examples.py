@@ -236,6 +236,19 @@ def examples_of(history: History, replayed: Replay, at: np.ndarray, config: Stud
     )
 
 
+def check_loss(examples: Examples, logits_MT: np.ndarray, mask_MT: np.ndarray | None = None) -> float:
+    """Mean over platform × task of the log-loss on the examples of a mask (bool; None: those to check by); NaN of none."""
+    mask_MT = examples.check_MT if mask_MT is None else mask_MT
+    losses = []
+    for task in range(len(examples.tasks)):
+        for row in np.unique(examples.platform_M):
+            own_M = mask_MT[:, task] & (examples.platform_M == row)
+            if own_M.any():
+                z, y = logits_MT[own_M, task].astype(np.float64), examples.y_MT[own_M, task]
+                losses.append(float((np.logaddexp(0.0, z) - y * z).mean()))
+    return float(np.mean(losses)) if losses else float("nan")
+
+
 def _rows_of(history: History, config: StudentConfig) -> np.ndarray:
     """(platforms of the history,) → the model's platform index, 0 for one that it does not know."""
     row = {name: i for i, name in enumerate(config.platforms, start=1)}

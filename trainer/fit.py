@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.student import N_LOGITS, Columns, Student, by_platform, linear_scan
-from trainer.examples import Check, Examples
+from trainer.examples import Check, Examples, check_loss
 
 STEPS = 160
 """Batches are made smaller than `batch_events` where there would be fewer steps than this."""
@@ -189,7 +189,7 @@ def fit(
             losses.append(loss.detach())
             progress(min(1.0, step / steps))
         if schedule.patience is not None:
-            checked = _check_loss(network, parameters, average, examples)
+            checked = _average_loss(network, parameters, average, examples)
             if not checked >= best_loss:
                 best, best_epoch, best_loss = [mean.clone() for mean in average], epoch, checked
             elif epoch - best_epoch >= schedule.patience:
@@ -205,21 +205,15 @@ def put(parameters: list[Tensor], values: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _check_loss(network: Network, parameters: list[Tensor], average: list[Tensor], examples: Examples) -> float:
+def _average_loss(network: Network, parameters: list[Tensor], average: list[Tensor], examples: Examples) -> float:
     """Mean over platform × task of the log-loss of the moving average on the examples to check by."""
     present = [parameter.detach().clone() for parameter in parameters]
     put(parameters, average)
     at = of_users_with(examples, examples.check_MT)
-    logits_AT = logits(network, examples, at)
+    logits_MT = np.full(examples.y_MT.shape, np.nan, np.float32)
+    logits_MT[at] = logits(network, examples, at)
     put(parameters, present)
-    losses = []
-    for task in range(len(examples.tasks)):
-        for row in np.unique(examples.platform_M[at]):
-            own = examples.check_MT[at, task] & (examples.platform_M[at] == row)
-            if own.any():
-                z, y = logits_AT[own, task].astype(np.float64), examples.y_MT[at[own], task]
-                losses.append(float((np.logaddexp(0.0, z) - y * z).mean()))
-    return float(np.mean(losses)) if losses else float("nan")
+    return check_loss(examples, logits_MT)
 
 
 def of_users_with(examples: Examples, mask_MT: np.ndarray) -> np.ndarray:

@@ -17,10 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer import boosting
-from trainer.examples import Check, Examples
-
-LEAST_LEARNED, LEAST_OF_A_CLASS = 200, 20
-"""A platform × task with fewer labels to learn from, or fewer of either outcome, is not taught."""
+from trainer.examples import Check, Examples, check_loss
+from trainer.train import LEAST_ANCHORS, LEAST_OF_A_CLASS
 
 MoreMember = Callable[[Examples, np.ndarray], np.ndarray]
 """(examples, offset (M, T), NaN where there is none) → logits (M, T)."""
@@ -65,7 +63,7 @@ def _cross_fitted(examples: Examples, threads: int, check: Check) -> tuple[np.nd
             check()
             y, learn = examples.y_MT[of, task], examples.learn_MT[of, task]
             n, positives = int(learn.sum()), int(y[learn].sum())
-            if n < LEAST_LEARNED or min(positives, n - positives) < LEAST_OF_A_CLASS:
+            if n < LEAST_ANCHORS or min(positives, n - positives) < LEAST_OF_A_CLASS:
                 continue
             fitted = boosting.cross_fit(x, y, learn, examples.user_M[of], threads)
             out[0, of, task], out[1, of, task] = fitted
@@ -76,11 +74,11 @@ def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[tuple
     """→ (members kept, reasons). Begins with all of them; drops, one after another, the one whose absence lowers the mean
     log-loss of the mean logit most, while that does not raise it. Without examples to check by all are kept."""
     kept, reasons = list(members), {}
-    loss = check_loss(examples, members, kept)
+    loss = _loss_of_mean(examples, members, kept)
     if np.isnan(loss):
         return tuple(kept), dict.fromkeys(kept, "kept: there is nothing to check by")
     while len(kept) > 1:
-        without = {name: check_loss(examples, members, [k for k in kept if k != name]) for name in kept}
+        without = {name: _loss_of_mean(examples, members, [k for k in kept if k != name]) for name in kept}
         worst = min(without, key=without.__getitem__)
         if without[worst] > loss:
             reasons |= {name: f"kept: log-loss {loss:.5f}, {without[name]:.5f} without it" for name in kept}
@@ -92,13 +90,7 @@ def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[tuple
     return tuple(kept), reasons
 
 
-def check_loss(examples: Examples, members: Mapping[str, np.ndarray], names: list[str]) -> float:
-    """Mean over platform × task of the log-loss of the mean logit on the examples to check by; NaN where there are none."""
+def _loss_of_mean(examples: Examples, members: Mapping[str, np.ndarray], names: list[str]) -> float:
+    """`check_loss` of the mean logit, where something is taught."""
     mean_MT = np.mean([members[name] for name in names], axis=0)
-    losses = []
-    for row in np.unique(examples.platform_M):
-        here = (examples.platform_M == row)[:, None] & examples.check_MT & ~np.isnan(mean_MT)
-        for task in np.flatnonzero(here.any(axis=0)):
-            z, y = mean_MT[here[:, task], task].astype(np.float64), examples.y_MT[here[:, task], task]
-            losses.append(float((np.logaddexp(0.0, z) - y * z).mean()))
-    return float(np.mean(losses)) if losses else float("nan")
+    return check_loss(examples, mean_MT, examples.check_MT & ~np.isnan(mean_MT))

@@ -38,7 +38,7 @@ from torch.nn import functional
 from models.errors import ConfigError
 from models.fold import FEATURE_NAMES
 from models.student import CLIP
-from trainer.examples import Check, Examples
+from trainer.examples import Check, Examples, check_loss
 from trainer.fit import (
     EMA_DECAY,
     LEAST_BATCH,
@@ -498,18 +498,6 @@ def _residuals(
         residual_BLT = _call(forward, config, events, text_IX, batch)[0]
         out_MT[batch.at_BL[batch.speaks_BL]] = residual_BLT[batch.speaks_BL]
     return ranks.sum(out_MT)
-
-
-def check_loss(examples: Examples, logits_MT: np.ndarray) -> float:
-    """Mean over platform × task of the log-loss on the examples to check by; NaN of none."""
-    losses = []
-    for task in range(len(examples.tasks)):
-        for row in np.unique(examples.platform_M):
-            own_M = examples.check_MT[:, task] & (examples.platform_M == row)
-            if own_M.any():
-                z, y = logits_MT[own_M, task].astype(np.float64), examples.y_MT[own_M, task]
-                losses.append(float((np.logaddexp(0.0, z) - y * z).mean()))
-    return float(np.mean(losses)) if losses else float("nan")
 
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
