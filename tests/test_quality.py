@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks import cells as cells_
 from benchmarks import datasets, quality
 from benchmarks.datasets import MATRIX, TASKS, TEST, TRAIN, VALIDATE
 from models.events import CanonicalEvent
@@ -70,20 +71,20 @@ def cells(gain: float) -> dict:
         resamples = metrics.Resamples(user, 100)
         scores = {"ours": y * (1 + gain) + noise, "theirs": y + noise, "worse": 0.3 * y + noise}
         out["p", name] = {
-            "models": {k: quality._figures(y, z, 1 / (1 + np.exp(-z)), user, resamples) for k, z in scores.items()}
+            "models": {k: cells_._figures(y, z, 1 / (1 + np.exp(-z)), user, resamples) for k, z in scores.items()}
         }
     return out
 
 
 def test_differences_are_paired_and_against_the_best_in_each_cell():
-    same = quality.difference(cells(0.0), "ours", ("theirs", "worse"))
+    same = cells_.difference(cells(0.0), "ours", ("theirs", "worse"))
     assert same == (0.0, 0.0, 0.0)
-    better = quality.difference(cells(0.3), "ours", ("theirs", "worse"))
+    better = cells_.difference(cells(0.3), "ours", ("theirs", "worse"))
     assert better.low > 0 and better.value > 0.02
-    assert quality.difference(cells(0.3), "ours", "worse").value > better.value
+    assert cells_.difference(cells(0.3), "ours", "worse").value > better.value
     lone = cells(0.3)["p", "x"]
-    assert quality.best_of(lone, ("theirs", "worse"), "auc") == "theirs"
-    assert quality.best_of(lone, ("theirs", "worse"), "log_loss") == min(
+    assert cells_.best_of(lone, ("theirs", "worse"), "auc") == "theirs"
+    assert cells_.best_of(lone, ("theirs", "worse"), "log_loss") == min(
         ("theirs", "worse"), key=lambda name: lone["models"][name]["log_loss"]
     )
 
@@ -122,16 +123,18 @@ def test_the_matrix_on_the_real_data(data_dir):
 def test_the_report_says_of_each_bar_whether_it_was_met():
     bar = {"must": "≥ 0", "aim": "≥ 1", "value": [0.5, 0.1, 0.9], "met": True, "aim_met": False}
     result = {
-        "cells": {},
         "machine": {"cpu": "a", "cores": 2, "python": "3"},
-        "seeds": 1,
-        "draws": 10,
         "minutes": 1.0,
         "bars": {"x": bar, "y": bar | {"value": 61_828, "met": False}},
+    }
+    figures = {
+        "cells": {},
+        "seeds": 1,
+        "draws": 10,
         "teacher": {"reasons": {"boosting": "kept"}},
         "canaries": {"z": "tripped"},
     }
-    page = quality.report(result, [], "command")
+    page = quality.report(result, [quality.tables(figures, [])], "command")
     assert "| x | ≥ 0 | ≥ 1 | +0.5000 [+0.1000, +0.9000] | yes | **no** |" in page
     assert "| y | ≥ 0 | ≥ 1 | 61,828 | **no** | **no** |" in page
     assert "- z: tripped" in page and "- boosting: kept" in page

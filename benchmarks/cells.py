@@ -1,0 +1,222 @@
+"""What the benchmark of quality is made of: the recorded data folded once, cells, models' logits, paired figures.
+
+    data sets ─► one History ─► the serving fold ─► Bench ─► logits (M, T) of each model ─► judge ─► cells ─► difference
+
+A *cell* is a platform × task of `datasets.MATRIX`; a model is an array of logits (M, T) of every folded event, kept in the
+cache by a key of its settings, of the code and of the data. Figures carry draws of users, the same for every model, so that
+differences are paired. A *section* is one page's worth: its bars, its figures, its text.
+Knows no particular model but the student.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks import datasets
+from benchmarks.datasets import CELLS, TASKS, TEST, TRAIN, VALIDATE, DataSet
+from models.artifact import load_prior
+from models.config import FoldConfig
+from models.fold import N_FEATURES
+from models.student import StudentConfig
+from trainer import metrics
+from trainer.examples import Examples, examples_of, folded, replay
+from trainer.fit import Schedule, logits
+from trainer.train import affine, train
+
+HEADS_OF = {
+    platform: tuple(
+        head
+        for head in ("click", "purchase", "return", "category")
+        if head in spec.tasks or (head == "category" and platform in datasets.WITH_CATEGORIES)
+    )
+    for platform, spec in datasets.MATRIX.items()
+}
+
+
+class Section(NamedTuple):
+    """What one part of the benchmark found."""
+
+    bars: dict[str, dict]
+    """name → must, aim, value, met, aim_met: as `bar` makes them."""
+    figures: dict
+    """For the JSON file."""
+    text: str
+    """Markdown, its headings `##` and below; plots are SVG or PNG files in `benchmarks/plots/`, by relative links."""
+
+
+class Bench(NamedTuple):
+    data: DataSet
+    examples: Examples
+    cache: Path
+    key: str
+    threads: int
+
+
+def prepare(data_dir: Path, cache: Path, threads: int) -> Bench:
+    data = datasets.load(data_dir, progress=lambda name: note(f"reading {name}"))
+    history, fold = data.history, FoldConfig()
+    replayed = replay(history, fold, "cpu")
+    at = folded(history, replayed)
+    index_M = replayed.index_M[at]
+    config = student_config(data)
+    anchor_M1, can_MT = data.anchor_N[index_M][:, None], data.can_NT[index_M]
+    split_M1 = data.split_N[index_M][:, None]
+    next_M = np.where(np.isin(split_M1[:, 0], (-2, TRAIN)), data.category_N[index_M], 0)
+    examples = examples_of(
+        history,
+        replayed,
+        at,
+        config,
+        tasks=TASKS,
+        y_MT=data.y_NT[index_M].astype(np.float32),
+        learn_MT=anchor_M1 & can_MT & (split_M1 == TRAIN),
+        check_MT=anchor_M1 & can_MT & (split_M1 == VALIDATE),
+        next_M=next_M.astype(np.uint32),
+        learn_next_M=(next_M != 0) & (split_M1[:, 0] == TRAIN),
+    )
+    code = hashlib.sha256()
+    for name in ("models/fold.py", "models/student.py", "trainer/fit.py", "trainer/boosting.py", "benchmarks/datasets.py"):
+        code.update((datasets.ROOT / name).read_bytes())
+    code.update(examples.y_MT.tobytes() + examples.learn_MT.tobytes())
+    cache.mkdir(parents=True, exist_ok=True)
+    return Bench(data, examples, cache, code.hexdigest()[:12], threads)
+
+
+def student_config(data: DataSet) -> StudentConfig:
+    return StudentConfig.of("cpu", N_FEATURES, data.history.platforms, HEADS_OF)
+
+
+def note(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def cached(bench: Bench, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """(M, T) float32 logits: from the cache where they are there."""
+    path = bench.cache / f"{name}-{bench.key}.npy"
+    if path.exists():
+        return np.load(path)
+    started = time.monotonic()
+    out = make().astype(np.float32)
+    temporary = path.with_suffix(".tmp.npy")
+    np.save(temporary, out)
+    os.replace(temporary, path)
+    note(f"{name}: {time.monotonic() - started:.0f} s")
+    return out
+
+
+# ── models ──
+
+
+def cells_of(bench: Bench) -> list[tuple[int, int]]:
+    """(platform row, task) of every cell."""
+    return [
+        (1 + bench.data.history.platforms.index(p), TASKS.index(t)) for p, t in CELLS if p in bench.data.history.platforms
+    ]
+
+
+def by_cell(bench: Bench, fit: Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], np.ndarray]) -> np.ndarray:
+    """Calls `fit(of, learn, check, row, task)` for every cell with (n,) positions of its platform's events and bool masks
+    among them; puts the logits that it gives of them into one array."""
+    examples = bench.examples
+    out = np.full(examples.y_MT.shape, np.nan, np.float32)
+    for row, task in cells_of(bench):
+        of = np.flatnonzero(examples.platform_M == row)
+        out[of, task] = fit(of, examples.learn_MT[of, task], examples.check_MT[of, task], row, task)
+    return out
+
+
+def student(
+    bench: Bench, name: str, schedule: Schedule, soft_MT: np.ndarray | None = None, dropout: float = 0.1
+) -> np.ndarray:
+    """The serving network, trained on all platforms at once."""
+
+    def make() -> np.ndarray:
+        trained = train(
+            bench.examples,
+            student_config(bench.data),
+            bench.data.history.categories,
+            FoldConfig(),
+            schedule,
+            prior_logits_3=load_prior(FoldConfig()).calibration_P32[0, :, 1],
+            soft_MT=soft_MT,
+            dropout=dropout,
+        )
+        note(f"{name}: kept epoch {trained.fitted.epochs}, validation log-loss {trained.fitted.check_loss:.4f}")
+        return logits(trained.network, bench.examples, np.arange(len(bench.examples)))
+
+    return cached(bench, f"{name}-s{schedule.seed}", make)
+
+
+def logit(p):
+    p = np.clip(p, 1e-4, 1 - 1e-4)
+    return np.log(p / (1 - p))
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge(bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: int = TEST) -> dict[tuple[str, str], dict]:
+    """Cell → n, users, base rate, and for each model (a list of seeds) the mean over seeds of each figure, with draws of AUC
+    and log-loss. Probabilities are calibrated on the validation anchors, platform by platform and task by task."""
+    examples = bench.examples
+    out = {}
+    split_M, anchor_M = bench.data.split_N[examples.index_M], bench.data.anchor_N[examples.index_M]
+    for (row, task), (platform, name) in zip(cells_of(bench), CELLS, strict=True):
+        here = anchor_M & (examples.platform_M == row)
+        at, check = np.flatnonzero(here & (split_M == part)), np.flatnonzero(here & (split_M == VALIDATE))
+        y, user = examples.y_MT[at, task], examples.user_M[at]
+        resamples = metrics.Resamples(user, draws)
+        cell = {"n": len(at), "users": len(np.unique(user)), "base_rate": float(y.mean()), "models": {}}
+        for model, seeds in models.items():
+            figures = []
+            for logits_MT in seeds:
+                z = logits_MT[at, task]
+                slope, offset = affine(logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0))
+                figures.append(_figures(y, z, 1 / (1 + np.exp(-(slope * z + offset))), user, resamples))
+            cell["models"][model] = {key: np.mean([each[key] for each in figures], axis=0) for key in figures[0]}
+        out[platform, name] = cell
+    return out
+
+
+def _figures(y, z, p, user, resamples: metrics.Resamples) -> dict:
+    losses = metrics.log_losses(y, p)
+    at_half = metrics.at_threshold(y, p, 0.5)
+    return {
+        "auc": metrics.auc(y, z),
+        "auc_draws": resamples.auc(y, z),
+        "user_auc": metrics.grouped_auc(y, z, user),
+        "pr_auc": metrics.average_precision(y, z),
+        "log_loss": float(losses.mean()),
+        "log_loss_draws": resamples.mean(losses),
+        "ece": metrics.ece(y, p),
+        "predicted_over_actual": metrics.predicted_over_actual(y, p),
+        **{f"{name}_at_0.5": value for name, value in at_half._asdict().items()},
+    }
+
+
+def difference(cells: dict, ours: str, theirs: str | tuple[str, ...], figure: str = "auc") -> metrics.Interval:
+    """Mean over cells of ours − theirs, paired; of several, the one that is best in each cell."""
+    values, draws = [], []
+    for cell in cells.values():
+        other = best_of(cell, (theirs,) if isinstance(theirs, str) else theirs, figure)
+        a, b = cell["models"][ours], cell["models"][other]
+        values.append(a[figure] - b[figure])
+        draws.append(a[f"{figure}_draws"] - b[f"{figure}_draws"])
+    return metrics.interval(float(np.mean(values)), np.mean(draws, axis=0))
+
+
+def best_of(cell: dict, names: tuple[str, ...], figure: str) -> str:
+    sign = 1 if figure == "auc" else -1
+    return max(names, key=lambda name: sign * cell["models"][name][figure])
+
+
+def bar(must: str, aim: str, value, met: bool, aim_met: bool) -> dict:
+    return {"must": must, "aim": aim, "value": value, "met": bool(met), "aim_met": bool(aim_met)}
