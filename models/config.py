@@ -124,14 +124,27 @@ class TrainerConfig(_Section):
     """Matured events that a round needs."""
     epochs: Annotated[int, Field(ge=1)] = 3
     max_events: Annotated[int, Field(ge=1)] = 2_000_000
-    """Most recent events that a round trains on."""
+    """Events that a round trains on: the most recent ones, but for `older_share`."""
+    older_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of `max_events`, where there are more: older events, of always the same users, against forgetting."""
     batch_events: Annotated[int, Field(ge=64)] = 8192
     learning_rate: Positive = 3e-3
     validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     """Share of the matured time span, the latest, that gates."""
     major_every: Annotated[int, Field(ge=1)] = 12
     """Every n-th publication trains the recurrence anew (a major version); the others only heads and tables."""
-    enforce: tuple[Literal[GATE_RULES], ...] = ("finite", "cells", "log_loss", "better", "hit_rate")
+    teacher: bool = True
+    """Whether later models distil a teacher (the first never does). A new teacher makes a major version."""
+    teacher_every_s: Positive = 86400.0
+    """Age at which another teacher is fitted; drift and twice as many examples do the same."""
+    teacher_transformer: Literal["cpu", "gpu-small", "gpu", "large"] | None = None
+    """Size of a causal transformer beside boosting and regression; None: none. It takes far longer than they do."""
+    distil_epochs: Annotated[int, Field(ge=1)] = 12
+    """Of a major version that distils; a minor one takes `epochs`."""
+    distil_rate: Positive = 3e-3
+    distil_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of what the teacher says in the loss; the rest are labels."""
+    enforce: tuple[Literal[GATE_RULES], ...] = GATE_RULES
     """Rules of the gate that refuse a candidate. What the others find is logged and lies in the manifest."""
     bootstrap_draws: Annotated[int, Field(ge=40)] = 200
     """Resamples of users behind each interval of the gate."""
@@ -139,6 +152,8 @@ class TrainerConfig(_Section):
     """A candidate whose p99 for 1,024 events, measured here, is longer is not published."""
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 1
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    """Niceness of the process: on a machine that it shares, the worker goes first. 0: as it was started."""
 
 
 class MetricsConfig(_Section):

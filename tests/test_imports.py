@@ -75,7 +75,8 @@ PUBLIC = {
         "CellVerdict", "Compared", "Evidence", "Limits", "Rule", "SliceVerdict", "Verdict",
         "adversarial", "decide", "examine", "scoring_p99_ms",
     ],
-    "trainer.teacher": ["Teaching", "choose", "teach"],
+    "trainer.teacher": ["Member", "Teaching", "choose", "teach"],
+    "trainer.lessons": ["Heard", "Lessons", "psi"],
 }  # fmt: skip
 
 

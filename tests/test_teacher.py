@@ -13,7 +13,7 @@ from trainer import boosting, metrics
 from trainer.examples import gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule, logits, of_users_with
 from trainer.labels import make_labels
-from trainer.teacher import choose, teach
+from trainer.teacher import Member, choose, teach
 from trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,15 +26,15 @@ def history(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(history):
-    gate_ms = gate_start(history, make_labels(history, FOLD, HORIZONS), HORIZONS, 0.2)
-    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate_ms))
+    gate = gate_start(history, make_labels(history, FOLD, HORIZONS), HORIZONS, 0.2)
+    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate))
 
 
 @pytest.fixture(scope="module")
 def examples(history, config):
     labels = make_labels(history, FOLD, HORIZONS)
-    gate_ms = gate_start(history, labels, HORIZONS, 0.2)
-    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate_ms), config, HORIZONS, gate_ms)
+    gate = gate_start(history, labels, HORIZONS, 0.2)
+    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate.user_U), config, HORIZONS, gate)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,26 @@ def test_a_member_that_adds_nothing_is_dropped_and_the_reason_has_the_numbers(ex
 def test_a_further_member_hears_the_offset_and_counts_where_it_helps(examples):
     def oracle(examples, offset_MT):
         assert np.isfinite(offset_MT[examples.learn_MT]).all()
-        return np.where(examples.y_MT > 0, 4.0, -4.0)
+        return Member(np.where(examples.y_MT > 0, 4.0, -4.0), lambda later, wanted_M, offset_LT: offset_LT[wanted_M] + 1.0)
 
     teaching = teach(examples, more={"oracle": oracle})
     assert teaching.kept == ("oracle",)
     assert np.isnan(teaching.members_MT["oracle"]).any()  # it does not speak where nothing is taught
+    wanted = np.arange(len(examples)) % 5 == 0
+    said = teaching.answer(examples, wanted)
+    first = [teach(examples).members_MT[name][wanted] for name in ("boosting", "logistic")]
+    assert np.isfinite(said).any() and (np.isnan(said) == np.isnan(first[0])).all()
+
+
+def test_members_answer_later_events_as_they_would_have_then(examples, teaching):
+    """Of events that nobody learned from, cross-fitting says what the members themselves say."""
+    unlearned = ~examples.learn_MT.any(axis=1)
+    assert unlearned.sum() > 500
+    np.testing.assert_allclose(teaching.answer(examples, unlearned), teaching.logits_MT[unlearned], rtol=1e-5)
+    learned = examples.learn_MT.all(axis=1)
+    known = teaching.answer(examples, learned)
+    y = examples.y_MT[learned]
+    assert metrics.auc(y[:, 2], known[:, 2]) > metrics.auc(y[:, 2], teaching.logits_MT[learned][:, 2]) + 0.01
 
 
 @pytest.mark.parametrize("way", ["serving", "auxiliary"])

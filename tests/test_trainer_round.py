@@ -20,6 +20,7 @@ from models.config import KafkaConfig, MetricsConfig, Settings, StoreConfig, Tra
 from models.events import CanonicalEvent
 from streams.kafka import create_topics
 from trainer import run
+from trainer.announce import read_announcement
 from trainer.history import HistoryStore
 from trainer.run import run_trainer
 
@@ -35,7 +36,7 @@ def one_thread():
 
 
 def settings_of(tmp_path, kafka: KafkaConfig, topics, **trainer) -> Settings:
-    options = {"history_uri": str(tmp_path / "history"), "epochs": 2, "min_events": 1000, **trainer}
+    options = {"history_uri": str(tmp_path / "history"), "epochs": 2, "min_events": 1000, "nice": 0, **trainer}
     return Settings(
         kafka=kafka,
         topics=topics,
@@ -65,7 +66,7 @@ async def produce(settings: Settings, events: list[CanonicalEvent]) -> None:
 
 
 async def announced(settings: Settings):
-    return (await run._read_announcement(settings))[0]
+    return (await read_announcement(settings))[0]
 
 
 def load(settings: Settings, version):
@@ -130,15 +131,15 @@ async def test_a_better_minor_model_is_published_with_the_earlier_ones_to_fall_b
 @pytest.mark.broker
 async def test_a_version_that_was_stored_but_not_announced_is_announced_at_the_next_start(settings, monkeypatch):
     await produce(settings, EVENTS)
-    announce = run._announce
+    announce = run.announce
 
     async def crash(*_):
         raise OSError("power")
 
-    monkeypatch.setattr(run, "_announce", crash)
+    monkeypatch.setattr(run, "announce", crash)
     (first,) = await run_trainer(settings, once=True)
     assert first.outcome == "failed" and "power" in first.reason and await announced(settings) is None
-    monkeypatch.setattr(run, "_announce", announce)
+    monkeypatch.setattr(run, "announce", announce)
     (second,) = await run_trainer(settings, once=True)
     found = await announced(settings)
     versions = {found.version, *(f.version for f in found.fallbacks)}
@@ -156,10 +157,10 @@ async def test_a_version_that_was_withdrawn_is_not_announced_again(settings):
     await producer.start()
     await producer.send_and_wait(settings.topics.models, None, key=settings.store.name.encode())
     await producer.stop()
-    assert await run._read_announcement(settings) == (None, True)
+    assert await read_announcement(settings) == (None, True)
     impatient = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"min_events": 10**6})})
     (second,) = await run_trainer(impatient, once=True)
-    assert second.outcome == "too_few" and await run._read_announcement(settings) == (None, True)
+    assert second.outcome == "too_few" and await read_announcement(settings) == (None, True)
 
 
 @pytest.mark.broker
@@ -192,13 +193,13 @@ async def test_it_runs_until_it_is_told_to_stop_and_serves_its_metrics(settings)
     settings = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"interval_s": 0.2})})
     served = []
 
-    class Spy(run._Metrics):
+    class Spy(run.Metrics):
         def __init__(self, config):
             super().__init__(config)
             served.append(self)
 
     stop = asyncio.Event()
-    real, run._Metrics = run._Metrics, Spy
+    real, run.Metrics = run.Metrics, Spy
     try:
         task = asyncio.create_task(run_trainer(settings, stop=stop))
         text = ""
@@ -208,7 +209,7 @@ async def test_it_runs_until_it_is_told_to_stop_and_serves_its_metrics(settings)
             if served:
                 text = await asyncio.to_thread(read_metrics, served[0])
     finally:
-        run._Metrics = real
+        run.Metrics = real
     assert 'rounds_total{outcome="published"} 1.0' in text
     assert f"crosscurrent_trainer_history_events {float(len(EVENTS))}" in text
     assert 'crosscurrent_trainer_published_info{kind="major"' in text

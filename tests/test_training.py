@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from synthetic_history import HOUR_MS, START_MS, make_history
+from synthetic_history import HOUR_MS, START_MS, make_canonical, make_history, store_events
 
+from models.artifact import load_prior
 from models.config import FoldConfig, HorizonsConfig
 from models.events import HEADS
 from models.fold import FOLDED, N_FEATURES, fold, fold_params
@@ -17,8 +19,9 @@ from trainer import evaluate as judge
 from trainer.evaluate import LEAST_CELL, compare, evaluate, predict
 from trainer.examples import before, gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule
+from trainer.history import HistoryStore
 from trainer.labels import horizons_ms, make_labels, matured
-from trainer.train import _category_targets, affine, train
+from trainer.train import _category_targets, affine, design_effect, learned, train
 
 FOLD, HORIZONS = FoldConfig(), HorizonsConfig()
 OPTIONS = Schedule(epochs=2)
@@ -40,23 +43,23 @@ def labels(history):
 
 
 @pytest.fixture(scope="module")
-def gate_ms(history, labels):
+def gate(history, labels):
     return gate_start(history, labels, HORIZONS, 0.2)
 
 
 @pytest.fixture(scope="module")
-def replayed(history, gate_ms):
-    return replay(history, FOLD, "cpu", until_ms=gate_ms)
+def replayed(history, gate):
+    return replay(history, FOLD, "cpu", until_ms=gate.user_U)
 
 
 @pytest.fixture(scope="module")
-def config(history, gate_ms):
-    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate_ms))
+def config(history, gate):
+    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate))
 
 
 @pytest.fixture(scope="module")
-def examples(history, labels, replayed, config, gate_ms):
-    return make_examples(history, labels, replayed, config, HORIZONS, gate_ms)
+def examples(history, labels, replayed, config, gate):
+    return make_examples(history, labels, replayed, config, HORIZONS, gate)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +109,26 @@ def test_a_replay_with_a_bound_keeps_the_latest_events_and_the_same_rows(history
     assert some.features_MF.tobytes() == full.features_MF[some.index_M].tobytes()
 
 
-def test_nothing_after_the_gate_is_known_in_training(history, labels, replayed, config, gate_ms, examples):
-    later = history.events["ts"] > gate_ms
+def test_a_share_of_a_bounded_replay_is_all_that_is_older_of_always_the_same_users(history):
+    full = replay(history, FOLD, "cpu")
+    mixed = replay(history, FOLD, "cpu", max_events=4000, older_share=0.25)
+    ts, user = history.events["ts"], history.user
+    latest = ts >= np.sort(ts)[-3000]
+    kept = np.zeros(len(history), bool)
+    kept[mixed.index_M] = True
+    assert kept[latest].all() and 3500 < kept.sum() <= 4010
+    old = set(user[kept & ~latest].tolist())
+    assert 10 < len(old) < 100 and all(kept[user == u].all() for u in old)
+    assert mixed.features_MF.tobytes() == full.features_MF[mixed.index_M].tobytes()
+    less = replay(history, FOLD, "cpu", until_ms=int(np.sort(ts)[-500]), max_events=4000, older_share=0.25)
+    again = set(user[np.setdiff1d(less.index_M, np.flatnonzero(latest))].tolist())
+    assert len(old & again) > 0.6 * len(old)
+    none = replay(history, FOLD, "cpu", max_events=4000)
+    assert ts[none.index_M].min() > np.delete(ts, none.index_M).max()
+
+
+def test_nothing_after_the_gate_is_known_in_training(history, labels, replayed, config, gate, examples):
+    later = gate.after(history)
     rng = np.random.default_rng(0)
     changed = dataclasses.replace(history, events=history.events.copy())
     for column, top in (("kind", 7), ("category", 1000), ("item", 1000)):
@@ -115,10 +136,10 @@ def test_nothing_after_the_gate_is_known_in_training(history, labels, replayed, 
     again = make_examples(
         changed,
         make_labels(changed, FOLD, HORIZONS),
-        replay(changed, FOLD, "cpu", until_ms=gate_ms),
+        replay(changed, FOLD, "cpu", until_ms=gate.user_U),
         config,
         HORIZONS,
-        gate_ms,
+        gate,
     )
     np.testing.assert_array_equal(again.learn_MT, examples.learn_MT)
     np.testing.assert_array_equal(again.check_MT, examples.check_MT)
@@ -129,17 +150,17 @@ def test_nothing_after_the_gate_is_known_in_training(history, labels, replayed, 
         assert torch.equal(own, other)
 
 
-def test_between_what_trains_and_what_judges_lies_the_horizon(history, labels, gate_ms, examples):
-    assert later_anchors(history, labels, gate_ms).sum(axis=0).min() > 100
+def test_between_what_trains_and_what_judges_lies_the_horizon(history, labels, gate, examples):
+    assert later_anchors(history, labels, gate).sum(axis=0).min() > 100
     for head, horizon in enumerate(horizons_ms(HORIZONS)):
-        judged = history.events["ts"][later_anchors(history, labels, gate_ms)[:, head]]
+        judged = history.events["ts"][later_anchors(history, labels, gate)[:, head]]
         known = (examples.learn_MT | examples.check_MT)[:, head] if head < 3 else examples.next_M != 0
         assert known.sum() > 500
         assert judged.min() - examples.ts_M[known].max() > horizon
 
 
-def later_anchors(history, labels, gate_ms) -> np.ndarray:
-    return matured(labels, history.events["ts"], HORIZONS) & (history.events["ts"] > gate_ms)[:, None]
+def later_anchors(history, labels, gate) -> np.ndarray:
+    return matured(labels, history.events["ts"], HORIZONS) & gate.after(history)[:, None]
 
 
 def test_examples_are_the_folded_events_in_order(history, replayed, examples):
@@ -152,31 +173,118 @@ def test_examples_are_the_folded_events_in_order(history, replayed, examples):
 
 
 def test_the_gate_starts_where_the_longest_horizon_leaves_room(history, labels):
-    ts = np.sort(history.events["ts"])
-    first, end = ts[len(ts) // 1000], labels.watermark_N.max()
+    def expected(platform: int, horizon_ms: int, skipped: int = 0):
+        own = history.platform == platform
+        ts = np.sort(history.events["ts"][own])
+        first, end = ts[max(len(ts) // 1000, skipped)], labels.watermark_N[own].max()
+        return first + round(0.8 * (end - horizon_ms - first))
+
     start = gate_start(history, labels, HORIZONS, 0.2)
-    assert start == first + round(0.8 * (end - 7 * DAY_MS - first))
+    assert start.platform_P.tolist() == [expected(0, 7 * DAY_MS), expected(1, 7 * DAY_MS)]
     short = HorizonsConfig(return_s=25 * 86400.0)
-    assert gate_start(history, labels, short, 0.2) == first + round(0.8 * (end - DAY_MS - first))
+    assert gate_start(history, labels, short, 0.2).platform_P[0] == expected(0, DAY_MS)
     endless = HorizonsConfig(click_s=4e6, purchase_s=4e6, return_s=4e6)
     assert gate_start(history, labels, endless, 0.2) is None
-    some = gate_start(history, labels, HORIZONS, 0.2, max_events=len(ts) * 2 // 3)
-    assert some == ts[-(len(ts) * 2 // 3)] + round(0.8 * (end - 7 * DAY_MS - ts[-(len(ts) * 2 // 3)]))
+    latest = len(history) * 2 // 3
+    oldest = np.sort(history.events["ts"])[-latest]
+    some = gate_start(history, labels, HORIZONS, 0.2, max_events=latest)
+    for platform in (0, 1):
+        skipped = (history.events["ts"][history.platform == platform] < oldest).sum()
+        assert some.platform_P[platform] == expected(platform, 7 * DAY_MS, skipped)
 
 
-def test_heads_come_from_the_platform_files_and_else_from_the_events(history, gate_ms):
-    derived = heads_of(history, None, gate_ms)
+@pytest.fixture(scope="module")
+def two_spans(tmp_path_factory):
+    """The shops' thirty days, and of their users' other accounts a third shop that opened five days ago, the fourth of
+    which is an hour old; a tenth of the users was seen on the third and the first."""
+    store = HistoryStore(str(tmp_path_factory.mktemp("spans")))
+    old = make_canonical(200)
+    new = make_canonical(120, days=5, seed=3, start_ms=START_MS + 25 * DAY_MS)
+    for event in new:
+        event.platform = "annexe"
+        if int(event.user[2:]) % 10:
+            event.user = f"k2{event.user[2:]}"
+        event.event_id += "-annexe"
+    hour = [msgspec.structs.replace(e, platform="booth", user=f"k3{e.user[2:]}", event_id=e.event_id + "-b") for e in new]
+    hour = [event for event in hour if event.ts >= START_MS + 30 * DAY_MS - HOUR_MS]
+    store_events(store, sorted([*old, *new, *hour], key=lambda event: event.ts))
+    return store.read()
+
+
+def test_each_platform_has_a_gate_of_its_own_and_a_user_the_least_of_his(two_spans):
+    labels = make_labels(two_spans, FOLD, HORIZONS)
+    start = gate_start(two_spans, labels, HORIZONS, 0.2)
+    gates = dict(zip(two_spans.platforms, start.platform_P.tolist(), strict=True))
+    assert START_MS + 25 * DAY_MS < gates["annexe"] and gates["shop"] < gates["annexe"]
+    assert start.has_P.tolist() == [True, False, True, True] and two_spans.platforms[1] == "booth"
+    assert start.last_ms == gates["annexe"]
+    seen = [set(two_spans.platform[two_spans.user == u].tolist()) for u in range(len(two_spans.users))]
+    both = [u for u, platforms in enumerate(seen) if {0, 2} <= platforms]
+    alone = [u for u, platforms in enumerate(seen) if platforms == {0}]
+    assert both and (start.user_U[both] == gates["shop"]).all() and (start.user_U[alone] == gates["annexe"]).all()
+    booth = [u for u, platforms in enumerate(seen) if platforms == {1}]
+    assert booth and (start.user_U[booth] < 0).all()
+    assert not start.after(two_spans)[two_spans.platform == 1].any()
+
+
+def test_nothing_is_learned_of_a_user_or_a_platform_later_than_what_is_judged_of_it(two_spans):
+    labels = make_labels(two_spans, FOLD, HORIZONS)
+    start = gate_start(two_spans, labels, HORIZONS, 0.2)
+    config = StudentConfig.of("cpu", N_FEATURES, two_spans.platforms, heads_of(two_spans, None, start))
+    replayed = replay(two_spans, FOLD, "cpu", until_ms=start.user_U)
+    examples = make_examples(two_spans, labels, replayed, config, HORIZONS, start)
+    judged = start.after(two_spans) & matured(labels, two_spans.events["ts"], HORIZONS)[:, :3].any(axis=1)
+    assert {two_spans.platforms[p] for p in np.unique(two_spans.platform[judged])} == {"annexe", "shop", "till"}
+    for head, horizon in enumerate(horizons_ms(HORIZONS)[:3]):
+        known = (examples.learn_MT | examples.check_MT)[:, head]
+        assert known.sum() > 100
+        known_until = np.zeros(len(two_spans.users), np.int64)
+        np.maximum.at(known_until, examples.user_M[known], examples.ts_M[known] + horizon)
+        assert (two_spans.events["ts"][judged] > known_until[two_spans.user[judged]]).all()  # of a user
+        for platform in range(4):  # of a platform
+            of, judged_of = known & (examples.platform_M == platform + 1), judged & (two_spans.platform == platform)
+            if of.any() and judged_of.any():
+                assert (examples.ts_M[of] + horizon).max() <= two_spans.events["ts"][judged_of].min()
+    booth = examples.platform_M == 2
+    assert not (examples.learn_MT | examples.check_MT)[booth].any() and not examples.learn_next_M[booth].any()
+
+
+def test_a_platform_that_was_not_learned_answers_by_what_is_shared_and_does_not_gate(examples, config, history, labels):
+    till = examples.platform_M == 1 + history.platforms.index("till")
+    deaf = dataclasses.replace(examples, learn_MT=examples.learn_MT & ~till[:, None])
+    deaf.check_MT = examples.check_MT & ~till[:, None]
+    known = learned(deaf, 2)
+    assert known.tolist() == [[True] * 3, [True] * 3, [False] * 3]
+    trained = train(deaf, config, history.categories, FOLD, OPTIONS, prior_logits_3=PRIOR)
+    calibration = trained.model.calibration_P32
+    np.testing.assert_array_equal(calibration[2], calibration[0])
+    assert not np.array_equal(calibration[1], calibration[0])
+    assert not trained.model.student.head_weight_POK[2, :3].any() and not trained.model.student.head_bias_PO[2, :3].any()
+    gate = gate_start(history, labels, HORIZONS, 0.2)
+    rows = replay(history, FOLD, "cpu", until_ms=gate.user_U).rows
+    args = (history, labels, HORIZONS, rows, gate)
+    prior = load_prior(FOLD)
+    for incumbent, gates in ((prior, False), (trained.model, True)):  # the second knows the platform
+        compared = compare(trained.model, incumbent, *args, learned_R3=known)
+        of_till = compared.paired.platform_N == history.platforms.index("till")
+        assert of_till.any() == gates and ("till", "return") in compared.candidate.cells
+        assert (~of_till).sum() > 1000
+
+
+def test_heads_come_from_the_platform_files_and_else_from_the_events(history, gate):
+    derived = heads_of(history, None, gate)
     assert derived == {"shop": HEADS, "till": ("purchase", "return")}
-    assert heads_of(history, {"shop": ("return",), "elsewhere": HEADS}, gate_ms) == {
+    assert heads_of(history, {"shop": ("return",), "elsewhere": HEADS}, gate) == {
         "shop": ("return",),
         "till": ("purchase", "return"),
     }
-    assert heads_of(history, None, START_MS - 1)["shop"] == ("purchase", "return")
+    nothing = gate._replace(platform_P=np.full(2, START_MS - 1))
+    assert heads_of(history, None, nothing)["shop"] == ("purchase", "return")
 
 
-def test_the_student_beats_the_base_rates_on_later_events(history, labels, replayed, gate_ms, examples, major):
-    report = evaluate(major.model, history, labels, HORIZONS, replayed.rows, gate_ms)
-    base = evaluate(base_rates(examples, major.model.config), history, labels, HORIZONS, replayed.rows, gate_ms)
+def test_the_student_beats_the_base_rates_on_later_events(history, labels, replayed, gate, examples, major):
+    report = evaluate(major.model, history, labels, HORIZONS, replayed.rows, gate)
+    base = evaluate(base_rates(examples, major.model.config), history, labels, HORIZONS, replayed.rows, gate)
     assert major.kind == "major" and report.finite and base.finite
     cells = [key for key in report.cells if base.cells[key].n >= LEAST_CELL]
     assert [key for key in cells if key[0] == "shop"] == [("shop", "click"), ("shop", "purchase"), ("shop", "return")]
@@ -263,9 +371,9 @@ def test_nobodys_own_future_is_in_the_table_that_his_gates_learn_from(examples, 
     np.testing.assert_allclose(alone_MG[own], 1.0, rtol=1e-5)
 
 
-def test_both_models_are_compared_on_the_same_events(history, labels, replayed, gate_ms, examples, major):
+def test_both_models_are_compared_on_the_same_events(history, labels, replayed, gate, examples, major):
     base = base_rates(examples, major.model.config)
-    args = (history, labels, HORIZONS, replayed.rows, gate_ms)
+    args = (history, labels, HORIZONS, replayed.rows, gate)
     compared = compare(major.model, base, *args)
     for report, model in ((compared.candidate, major.model), (compared.incumbent, base)):
         alone = evaluate(model, *args)
@@ -278,8 +386,8 @@ def test_both_models_are_compared_on_the_same_events(history, labels, replayed, 
     assert paired.known_N3.any(axis=1).all()
 
 
-def test_activity_is_how_many_events_the_user_has_had(history, replayed, gate_ms, major):
-    judged = predict(major.model, history, replayed.rows, gate_ms)
+def test_activity_is_how_many_events_the_user_has_had(history, replayed, gate, major):
+    judged = predict(major.model, history, replayed.rows, gate)
     rank_N = np.zeros(len(history), np.int64)
     order = np.argsort(history.user, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(history.user[order])) + 1, len(order)]
@@ -288,20 +396,20 @@ def test_activity_is_how_many_events_the_user_has_had(history, replayed, gate_ms
     np.testing.assert_array_equal(judged.activity_N, rank_N[judged.at])
 
 
-def test_judging_does_not_depend_on_the_batches_and_leaves_the_rows(history, replayed, gate_ms, major, monkeypatch):
+def test_judging_does_not_depend_on_the_batches_and_leaves_the_rows(history, replayed, gate, major, monkeypatch):
     rows = replayed.rows.tobytes()
-    one = predict(major.model, history, replayed.rows, gate_ms)
+    one = predict(major.model, history, replayed.rows, gate)
     monkeypatch.setattr(judge, "BATCH", 97)
-    two = predict(major.model, history, replayed.rows, gate_ms)
+    two = predict(major.model, history, replayed.rows, gate)
     np.testing.assert_allclose(one.p_N3, two.p_N3, atol=1e-5)
     np.testing.assert_allclose(one.category_p_N5, two.category_p_N5, atol=1e-5)
     np.testing.assert_array_equal(one.status, two.status)
     assert replayed.rows.tobytes() == rows
 
 
-def test_judging_is_serving(history, replayed, gate_ms, major):
+def test_judging_is_serving(history, replayed, gate, major):
     """One user's events after the gate through a Scorer of our own, one by one."""
-    judged = predict(major.model, history, replayed.rows, gate_ms)
+    judged = predict(major.model, history, replayed.rows, gate)
     user = np.bincount(history.user[judged.at]).argmax()
     own = judged.at[history.user[judged.at] == user][:20]
     scorer, rows = Scorer(major.model, "cpu"), replayed.rows.copy()
@@ -310,13 +418,17 @@ def test_judging_is_serving(history, replayed, gate_ms, major):
         np.testing.assert_allclose(scores.p_N3[0], judged.p_N3[judged.at == i][0], atol=1e-5)
 
 
-def test_before_cuts_every_user_at_his_first_later_event(history, gate_ms):
-    own = before(history, gate_ms)
-    assert history.events["ts"][own].max() <= gate_ms
+def test_before_cuts_every_user_at_his_first_later_event(history, gate):
+    until_U = gate.user_U + np.arange(len(history.users)) * HOUR_MS
+    own = before(history, until_U)
+    assert (history.events["ts"][own] <= until_U[history.user[own]]).all()
     for user in range(0, len(history.users), 37):
         kept = own[history.user == user]
         assert (np.diff(kept.astype(int)) <= 0).all()
-        assert kept.sum() == np.r_[np.flatnonzero(history.events["ts"][history.user == user] > gate_ms), len(kept)][0]
+        late = np.flatnonzero(history.events["ts"][history.user == user] > until_U[user])
+        assert kept.sum() == np.r_[late, len(kept)][0]
+    one = int(gate.platform_P[0])
+    np.testing.assert_array_equal(before(history, one), before(history, np.full(len(history.users), one)))
 
 
 def test_category_figures_of_a_known_case():
@@ -326,6 +438,18 @@ def test_category_figures_of_a_known_case():
     cell = judge._category_cell(next_N, named, p, 9)
     assert cell.n == 3 and cell.hit_rate_5 == pytest.approx(2 / 3)
     assert cell.nll == pytest.approx(-np.mean(np.log([0.5, 0.4 / 4, 0.2])), rel=1e-5)
+
+
+def test_a_calibration_moves_less_on_few_users_than_on_many():
+    """The same events, of a dozen users who each lean one way, or each of a user of his own."""
+    rng = np.random.default_rng(0)
+    of_few, z = np.repeat(np.arange(12), 200), rng.normal(size=2400)
+    y = (rng.random(2400) < 1 / (1 + np.exp(-(z - 1 + rng.normal(0, 1, 12)[of_few])))).astype(float)
+    few, many = affine(z, y, (1.0, 0.0), of_few), affine(z, y, (1.0, 0.0), np.arange(2400))
+    error = y - 1 / (1 + np.exp(-z))
+    assert design_effect(error, of_few) > 20 and design_effect(error, np.arange(2400)) == 1.0
+    assert abs(few[1]) < 0.6 * abs(many[1]) and 0.6 < -many[1] < 1.6
+    assert affine(np.empty(0), np.empty(0), (1.2, 0.3), np.empty(0, int)) == pytest.approx((1.2, 0.3))
 
 
 def test_a_check_stops_the_work(examples, config, history):

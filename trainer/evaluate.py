@@ -3,6 +3,7 @@
     rows as they were at G ─► Scorer in micro-batches over the events after G ─► Scores ─► a cell a platform × head
                                                        candidate's and incumbent's ─► Paired, what trainer/gate.py judges
 
+G is the gate's start (`trainer.examples.GateStart`), each user's for the rows, each platform's for what is judged.
 `h` is rebuilt from each user's ring at G, for every model alike, as serving does right after a new recurrence.
 Judged are FOLDED events after G whose label has matured by now. Every user's labels overlap with his own next ones, so n
 is not a number of independent trials.
@@ -23,7 +24,7 @@ from models.events import BINARY_HEADS, HEADS
 from models.fold import FEATURE_NAMES, FOLDED
 from models.scorer import Model, Scorer
 from trainer import metrics
-from trainer.examples import before
+from trainer.examples import GateStart, before
 from trainer.history import History
 from trainer.labels import Labels, matured
 
@@ -98,7 +99,8 @@ class Paired(NamedTuple):
     """Index into `platforms`."""
     user_N: np.ndarray
     known_N3: np.ndarray
-    """bool, in the order of BINARY_HEADS: the label has matured, and the candidate answers it."""
+    """bool, in the order of BINARY_HEADS: the label has matured, the candidate answers it, and has learned of such labels
+    on this platform, or followed an incumbent that knew it."""
     y_N3: np.ndarray
     """uint8; means something only where known."""
     candidate_N3: np.ndarray
@@ -124,12 +126,13 @@ class Comparison(NamedTuple):
 
 
 def predict(
-    model: Model, history: History, rows: np.ndarray, gate_ms: int, *, check: Callable[[], None] = lambda: None
+    model: Model, history: History, rows: np.ndarray, gate: GateStart, *, check: Callable[[], None] = lambda: None
 ) -> Judged:
-    """Runs a model over each user's events from the first one after `gate_ms`. `rows`: as they were then; not changed."""
+    """Runs a model over each user's events from the first one after his gate start. `rows`: as they were then; not
+    changed."""
     scorer = Scorer(model, "cpu")
     rows = rows.copy()
-    at = np.flatnonzero(~before(history, gate_ms))
+    at = np.flatnonzero(~before(history, gate.user_U))
     hashes = model.categories.hashes_C if model.categories is not None else np.empty(0, np.uint32)
     hashes = np.append(hashes, np.uint32(0))  # index −1: none
     parts = []
@@ -153,13 +156,13 @@ def evaluate(
     labels: Labels,
     horizons: HorizonsConfig,
     rows: np.ndarray,
-    gate_ms: int,
+    gate: GateStart,
     *,
     check: Callable[[], None] = lambda: None,
 ) -> Report:
-    """The report of a model on the events after `gate_ms`; see `predict` for `rows`."""
-    judged = predict(model, history, rows, gate_ms, check=check)
-    return _report(model, judged, history, labels, _known(judged, history, labels, horizons, gate_ms))
+    """The report of a model on the events after the gate's start; see `predict` for `rows`."""
+    judged = predict(model, history, rows, gate, check=check)
+    return _report(model, judged, history, labels, _known(judged, history, labels, horizons, gate))
 
 
 def compare(
@@ -169,33 +172,52 @@ def compare(
     labels: Labels,
     horizons: HorizonsConfig,
     rows: np.ndarray,
-    gate_ms: int,
+    gate: GateStart,
     *,
+    learned_R3: np.ndarray | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """`evaluate` of both models, and what they said event by event."""
-    ours = predict(candidate, history, rows, gate_ms, check=check)
-    theirs = predict(incumbent, history, rows, gate_ms, check=check)
-    known_N4 = _known(ours, history, labels, horizons, gate_ms)
+    """`evaluate` of both models, and what they said event by event.
+
+    `learned_R3`: (P + 1, 3) bool, platforms of the candidate × binary heads of which it has learned something (None: all).
+    One of which it has not is answered by what is shared, and is reported, but pairs only where the incumbent knows the
+    platform.
+    """
+    ours = predict(candidate, history, rows, gate, check=check)
+    theirs = predict(incumbent, history, rows, gate, check=check)
+    known_N4 = _known(ours, history, labels, horizons, gate)
     return Comparison(
         _report(candidate, ours, history, labels, known_N4),
         _report(incumbent, theirs, history, labels, known_N4),
-        _paired(candidate, ours, theirs, history, labels, known_N4),
+        _paired(
+            ours,
+            theirs,
+            history,
+            labels,
+            known_N4[:, :3] & _pairs(candidate, incumbent, history, learned_R3)[history.platform[ours.at]],
+        ),
     )
 
 
-def _known(judged: Judged, history: History, labels: Labels, horizons: HorizonsConfig, gate_ms: int) -> np.ndarray:
+def _known(judged: Judged, history: History, labels: Labels, horizons: HorizonsConfig, gate: GateStart) -> np.ndarray:
     """(N, 4) bool in the order of HEADS: the event is judged, and its label has matured. The same for every model: what
     becomes of an event is the fold's to say."""
     ts_N = history.events["ts"][judged.at]
     own = Labels(*(column[judged.at] for column in labels))
-    return matured(own, ts_N, horizons) & ((judged.status == FOLDED) & (ts_N > gate_ms))[:, None]
+    return matured(own, ts_N, horizons) & ((judged.status == FOLDED) & gate.after(history)[judged.at])[:, None]
 
 
-def _paired(
-    candidate: Model, ours: Judged, theirs: Judged, history: History, labels: Labels, known_N4: np.ndarray
-) -> Paired:
-    known_N3 = (known_N4 & _can_have(candidate, history)[history.platform[ours.at]])[:, : len(BINARY_HEADS)]
+def _pairs(candidate: Model, incumbent: Model, history: History, learned_R3: np.ndarray | None) -> np.ndarray:
+    """(platforms of the history, 3) bool: what the two are compared on."""
+    row = {name: i for i, name in enumerate(candidate.config.platforms, start=1)}
+    can_P3 = _can_have(candidate, history)[:, : len(BINARY_HEADS)]
+    if learned_R3 is None:
+        return can_P3
+    known_P1 = np.array([name in incumbent.config.platforms for name in history.platforms])[:, None]
+    return can_P3 & (learned_R3[[row.get(name, 0) for name in history.platforms]] | known_P1)
+
+
+def _paired(ours: Judged, theirs: Judged, history: History, labels: Labels, known_N3: np.ndarray) -> Paired:
     some = known_N3.any(axis=1)
     at = ours.at[some]
     return Paired(

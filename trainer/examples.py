@@ -1,11 +1,12 @@
 """History → examples: replay through the serving fold, and the labels that had matured.
 
-    events ─► replay (models.fold, up to an instant G) ─► features, Δt, status, views ─┐
-    labels, matured by G ──────────────────────────────────────────────────────────────┴─► Examples
+    events ─► replay (models.fold, up to the gate's start G) ─► features, Δt, status, views ─┐
+    labels, matured by G ────────────────────────────────────────────────────────────────────┴─► Examples
 
-Everything here uses only what was known at G in event time: events up to G, labels whose horizon ended by G. A tenth of
-the users is held out of the student's training and calibrates it (the later half of their time), so that calibration needs
-no second gap.
+Everything here uses only what was known at G in event time: events up to G, labels whose horizon ended by G. Every
+platform has a G of its own (`GateStart`), since histories of platforms span different times. A tenth of the users is
+held out of the student's training and calibrates it (the later half of their time), so that calibration needs no second
+gap.
 
 Shapes: M examples (FOLDED events up to G, sorted by user, then offset), F features, P platforms (0: shared), T tasks (the
 binary heads first).
@@ -39,6 +40,41 @@ Check = Callable[[], None]
 """Called between steps; raises to stop."""
 
 
+_NEVER = np.int64(2**62)
+
+
+class GateStart(NamedTuple):
+    """The instants, ms, that end training and begin judging.
+
+    A platform's events are judged after its own G. A user's events train up to the least G of the platforms on which he
+    was ever seen. So of no user and no platform anything is learned that is later than what is judged of it: a user's
+    labels that train had matured before his first judged event, whichever platform either is of, and a platform's last
+    learned event comes before its first judged one. What one platform may teach another of the same days, through other
+    people, stays; it is no label of anything judged.
+
+    A platform without a G (too short a time to learn before and to judge after) neither trains nor is judged.
+    """
+
+    platform_P: np.ndarray
+    """(P,) int64, of the history's platforms; very large where there is none."""
+    user_U: np.ndarray
+    """(U,) int64, of the history's users; very small where there is none."""
+
+    @property
+    def has_P(self) -> np.ndarray:
+        """(P,) bool: the platform has one."""
+        return self.platform_P < _NEVER
+
+    @property
+    def last_ms(self) -> int:
+        """The latest of all platforms."""
+        return int(self.platform_P[self.has_P].max())
+
+    def after(self, history: History) -> np.ndarray:
+        """(n,) bool: the events that are judged."""
+        return history.events["ts"] > self.platform_P[history.platform]
+
+
 class Replay(NamedTuple):
     """The fold over the events up to an instant, as serving did it."""
 
@@ -57,19 +93,21 @@ def replay(
     fold: FoldConfig,
     size: str,
     *,
-    until_ms: int | None = None,
+    until_ms: int | np.ndarray | None = None,
     max_events: int | None = None,
+    older_share: float = 0.0,
     batch: int = REPLAY_BATCH,
     check: Check = lambda: None,
 ) -> Replay:
-    """Folds the history, up to each user's first event after `until_ms` (None: all of it). However it is cut into
-    batches the result is the same, byte for byte. Keeps what came of the `max_events` latest events only."""
+    """Folds the history, up to each user's first event after `until_ms` (of all, or (U,) of each; None: all of it).
+    However it is cut into batches the result is the same, byte for byte.
+
+    Keeps what came of about `max_events` events only: the latest ones, and for `older_share` of them all that is older of
+    some users, always the same, so that what seldom happens of late is not forgotten.
+    """
     rows = empty_rows(len(history.users), size)
     events_N = np.flatnonzero(before(history, until_ms)) if until_ms is not None else np.arange(len(history))
-    keep_N = np.ones(len(events_N), bool)
-    if max_events is not None and len(events_N) > max_events:
-        ts_N = history.events["ts"][events_N]
-        keep_N = ts_N >= np.partition(ts_N, len(ts_N) - max_events)[len(ts_N) - max_events]
+    keep_N = _kept(history, events_N, max_events, older_share)
     m = int(keep_N.sum())
     out = Replay(
         rows,
@@ -100,35 +138,69 @@ def replay(
     return out
 
 
-def before(history: History, until_ms: int) -> np.ndarray:
-    """(n,) bool: the events of each user, in offset order, that come before his first one after `until_ms`."""
+def _kept(history: History, events_N: np.ndarray, max_events: int | None, older_share: float) -> np.ndarray:
+    """(N,) bool, of the positions `events_N` in the history: see `replay`."""
+    if max_events is None or len(events_N) <= max_events:
+        return np.ones(len(events_N), bool)
+    ts_N, user_N = history.events["ts"][events_N], history.user[events_N]
+    older = round(older_share * max_events)
+    latest = len(ts_N) - (max_events - older)
+    keep_N = ts_N >= np.partition(ts_N, latest)[latest]
+    if older:
+        # Users in the order of their hash: who comes first stays first, whoever else comes or grows.
+        order = np.argsort(np.fromiter((hash64(f"older {user}") for user in history.users), np.uint64, len(history.users)))
+        older_U = np.bincount(user_N[~keep_N], minlength=len(history.users))
+        taken_U = np.zeros(len(history.users), bool)
+        taken_U[order[np.cumsum(older_U[order]) <= older]] = True
+        keep_N |= taken_U[user_N]
+    return keep_N
+
+
+def before(history: History, until_ms: int | np.ndarray) -> np.ndarray:
+    """(n,) bool: the events of each user, in offset order, that come before his first one after `until_ms` (of all users,
+    or (U,) of each)."""
     first_U = np.full(len(history.users), len(history))
-    late = np.flatnonzero(history.events["ts"] > until_ms)
+    until_U = np.broadcast_to(np.asarray(until_ms), len(history.users))
+    late = np.flatnonzero(history.events["ts"] > until_U[history.user])
     np.minimum.at(first_U, history.user[late], late)
     return np.arange(len(history)) < first_U[history.user]
 
 
 def gate_start(
     history: History, labels: Labels, horizons: HorizonsConfig, fraction: float, max_events: int | None = None
-) -> int | None:
-    """The instant G (ms) that ends training: the latest `fraction` of the matured time of the longest horizon for which
-    there is enough time to train before and to judge after. None where there is for no horizon.
+) -> GateStart | None:
+    """The gate's start of every platform and user. None where no platform has one.
 
-    Time begins with the `max_events` latest events, and never with the earliest thousandth: a platform whose clock
-    says 1970 now and then must not stretch it.
+    Of a platform: the latest `fraction` of the matured time of the longest horizon for which there is enough time to train
+    before and to judge after. Its time begins with the `max_events` latest events of the history, and never with its own
+    earliest thousandth: a platform whose clock says 1970 now and then must not stretch it.
     """
-    n = len(history)
-    if not n:
+    ts_N, n = history.events["ts"], len(history)
+    oldest = np.partition(ts_N, n - max_events)[n - max_events] if max_events is not None and n > max_events else None
+    platform_P = np.full(len(history.platforms), _NEVER)
+    for platform in range(len(history.platforms)):
+        own = np.flatnonzero(history.platform == platform)
+        skipped = len(own) // 1000
+        if oldest is not None:
+            skipped = max(skipped, int((ts_N[own] < oldest).sum()))
+        if skipped < len(own):
+            first = int(np.partition(ts_N[own], skipped)[skipped])
+            platform_P[platform] = _start(first, int(labels.watermark_N[own].max()), horizons, fraction)
+    if not (platform_P < _NEVER).any():
         return None
-    skipped = max(n // 1000, n - (max_events or n))
-    first = int(np.partition(history.events["ts"], skipped)[skipped])
-    end = int(labels.watermark_N.max())
+    user_U = np.full(len(history.users), _NEVER)
+    np.minimum.at(user_U, history.user, platform_P[history.platform])
+    return GateStart(platform_P, np.where(user_U < _NEVER, user_U, -_NEVER))
+
+
+def _start(first: int, end: int, horizons: HorizonsConfig, fraction: float) -> np.int64:
+    """Of a time from `first` to `end`, ms."""
     for horizon in sorted({int(h) for h in horizons_ms(horizons)}, reverse=True):
         span = end - horizon - first
         start = first + round((1.0 - fraction) * span)
         if start - horizon - first >= fraction * span > 0:
-            return start
-    return None
+            return np.int64(start)
+    return _NEVER
 
 
 @dataclass
@@ -167,10 +239,10 @@ class Examples:
         return len(self.ts_M)
 
 
-def heads_of(history: History, known: Mapping[str, tuple[str, ...]] | None, until_ms: int) -> dict[str, tuple[str, ...]]:
+def heads_of(history: History, known: Mapping[str, tuple[str, ...]] | None, gate: GateStart) -> dict[str, tuple[str, ...]]:
     """Platform → heads that it can have, for every platform of the history. `known` (the platform files) decides where
-    it names a platform; for others the events up to `until_ms` do: a head is possible where its evidence occurs."""
-    seen = history.events["ts"] <= until_ms
+    it names a platform; for others the events up to the gate's start do: a head is possible where its evidence occurs."""
+    seen = ~gate.after(history)
     heads = {}
     for index, platform in enumerate(history.platforms):
         own = history.events[seen & (history.platform == index)]
@@ -186,17 +258,17 @@ def heads_of(history: History, known: Mapping[str, tuple[str, ...]] | None, unti
 
 
 def make_examples(
-    history: History, labels: Labels, replayed: Replay, config: StudentConfig, horizons: HorizonsConfig, until_ms: int
+    history: History, labels: Labels, replayed: Replay, config: StudentConfig, horizons: HorizonsConfig, gate: GateStart
 ) -> Examples:
-    """FOLDED events of a replay with the labels that had matured by `until_ms`."""
+    """FOLDED events of a replay up to each user's gate start, with the labels that had matured by then."""
     at = folded(history, replayed)
     index_M = replayed.index_M[at]
     user_M, ts_M = history.user[index_M], history.events["ts"][index_M].copy()
     platform_M = _rows_of(history, config)[history.platform[index_M]]
-    known_M4 = matured(Labels(*(column[index_M] for column in labels)), ts_M, horizons, until_ms)
-    known_M4 &= config.can_have()[platform_M]
-    held_out_M = _held_out(history.users)[user_M]
-    late_M = ts_M >= (np.median(ts_M) if len(ts_M) else 0)
+    known_M4 = matured(Labels(*(column[index_M] for column in labels)), ts_M, horizons, gate.user_U[user_M])
+    known_M4 &= config.can_have()[platform_M] & gate.has_P[history.platform[index_M]][:, None]
+    held_out_M = held_out(history.users)[user_M]
+    check_MT = known_M4[:, :CATEGORY] & held_out_M[:, None]
     return examples_of(
         history,
         replayed,
@@ -205,10 +277,21 @@ def make_examples(
         tasks=BINARY_HEADS,
         y_MT=labels.y_N3[index_M].astype(np.float32),
         learn_MT=known_M4[:, :CATEGORY] & ~held_out_M[:, None],
-        check_MT=known_M4[:, :CATEGORY] & (held_out_M & late_M)[:, None],
+        check_MT=check_MT & _late(check_MT, ts_M, platform_M),
         next_M=np.where(known_M4[:, CATEGORY], labels.category_N[index_M], 0).astype(np.uint32),
         learn_next_M=known_M4[:, CATEGORY] & ~held_out_M,
     )
+
+
+def _late(mask_MT: np.ndarray, ts_M: np.ndarray, platform_M: np.ndarray) -> np.ndarray:
+    """(M, T) bool: of the examples of the mask, the later half of each platform × task."""
+    late_MT = np.zeros(mask_MT.shape, bool)
+    for task in range(mask_MT.shape[1]):
+        for row in np.unique(platform_M):
+            own = np.flatnonzero(mask_MT[:, task] & (platform_M == row))
+            if len(own):
+                late_MT[own, task] = ts_M[own] >= np.median(ts_M[own])
+    return late_MT
 
 
 def folded(history: History, replayed: Replay) -> np.ndarray:
@@ -255,6 +338,6 @@ def _rows_of(history: History, config: StudentConfig) -> np.ndarray:
     return np.array([row.get(name, 0) for name in history.platforms], np.int64)
 
 
-def _held_out(users: list[str]) -> np.ndarray:
+def held_out(users: list[str]) -> np.ndarray:
     """(U,) bool, the same in every round: by the user's pseudonym."""
     return np.fromiter((hash64(user) % HELD_OUT == 0 for user in users), bool, len(users))

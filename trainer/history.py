@@ -211,14 +211,18 @@ class HistoryStore:
     def _write(self, name: str, table: pa.Table) -> None:
         buffer = io.BytesIO()
         pq.write_table(table.cast(SCHEMA), buffer, compression="zstd")
+        self.put(name, buffer.getvalue())
+
+    def put(self, name: str, blob: bytes) -> None:
+        """Writes a file of the history's folder, whole or not at all."""
         path = f"{self.root}/{name}"
         self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         if "file" not in self.fs.protocol:
-            self.fs.pipe_file(path, buffer.getvalue())  # one put: the object appears whole
+            self.fs.pipe_file(path, blob)  # one put: the object appears whole
             return
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         with open(temporary, "wb") as file:
-            file.write(buffer.getvalue())
+            file.write(blob)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -67,8 +67,11 @@ def horizons_ms(horizons: HorizonsConfig) -> np.ndarray:
     return np.array([_ms(by_head.get(head, horizons.purchase_s)) for head in HEADS])
 
 
-def matured(labels: Labels, ts_N: np.ndarray, horizons: HorizonsConfig, until_ms: int | None = None) -> np.ndarray:
-    """(n, 4) bool in the order of HEADS: the labels that were known at `until_ms` (event time; None: now)."""
+def matured(
+    labels: Labels, ts_N: np.ndarray, horizons: HorizonsConfig, until_ms: int | np.ndarray | None = None
+) -> np.ndarray:
+    """(n, 4) bool in the order of HEADS: the labels that were known at `until_ms` (event time, of all events, or (n,) of
+    each; None: now)."""
     known_N = labels.watermark_N if until_ms is None else np.minimum(labels.watermark_N, until_ms)
     matured_N4 = ts_N[:, None] + horizons_ms(horizons) <= known_N[:, None]
     matured_N4[:, HEADS.index("category")] &= labels.category_ts_N <= known_N

@@ -1,14 +1,16 @@
 """The trainer as a program: a round every interval, from the topic `events` to an announcement in `models`.
 
-    pull ─► labels ─► replay ─► train ─► judge candidate and incumbent ─► gate ─► store ─► announce
-                                                                            └ no: say why, keep the incumbent
+    pull ─► labels ─► replay ─► teach ─► train ─► judge candidate and incumbent ─► gate ─► store ─► announce
+                                                                                    └ no: say why, keep the incumbent
 
 A candidate is published where it passes the gate (`trainer/gate.py`) on later events. The incumbent is the version
 announced last; where nothing ever was, the newest of the store that loads (it is then announced at once: a crash may have
 come between store and announcement); else, and after a withdrawal, the prior.
 
-A major model (new recurrence) is trained where there is no incumbent to build on, where a platform is new, every
-`major_every`-th publication, and once the examples have doubled since the last major one. The rest are minor.
+A major model (new recurrence) is trained where there is no incumbent to build on, where a platform is new, where a teacher
+is due, every `major_every`-th publication, and once the examples have doubled since the last major one. The rest are
+minor. The first model is trained without a teacher, so that it comes soon; later ones distil what `trainer/lessons.py`
+has been told.
 
 Reads and writes only the broker and the stores: no worker, no platform file, no raw id.
 """
@@ -17,41 +19,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
-import msgspec
+import numpy as np
 import structlog
 import torch
-from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
-from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from models import artifact
-from models.config import MetricsConfig, Settings
+from models.config import Settings
 from models.errors import ArtifactError, HistoryError
-from models.events import Announcement, ModelVersion
+from models.events import Announcement
 from models.fold import N_FEATURES
 from models.scorer import Model
 from models.student import StudentConfig
 from trainer import evaluate as judge
 from trainer import gate
+from trainer.announce import Incumbent, announce, announcement_of, load_incumbent, now_ms, read_announcement
 from trainer.evaluate import Comparison, Report
-from trainer.examples import gate_start, heads_of, make_examples, replay
+from trainer.examples import Examples, GateStart, gate_start, heads_of, held_out, make_examples, replay
 from trainer.fit import Schedule
 from trainer.gate import Limits, Verdict
-from trainer.history import HistoryStore, client_options, open_consumer, pull, read_to_end
+from trainer.history import History, HistoryStore, pull
 from trainer.labels import make_labels, matured
-from trainer.train import Trained, train
+from trainer.lessons import Heard, Lessons
+from trainer.train import Trained, learned, train
+from trainer.watch import Metrics, Stages, log_result
 
 log = structlog.get_logger("crosscurrent.trainer")
 
-MAX_FALLBACKS = 3
 RETRY_S = 10.0
 """Until a model is published, a round comes at least this often: the first model should not wait for an interval."""
 
@@ -93,12 +93,14 @@ async def run_trainer(
     events show. A round that fails for a reason outside (Kafka, the store) is reported and tried again.
     """
     torch.set_num_threads(settings.trainer.threads)
+    # Threads that come later inherit it.
+    os.setpriority(os.PRIO_PROCESS, 0, max(settings.trainer.nice, os.getpriority(os.PRIO_PROCESS, 0)))
     results: list[RoundResult] = []
     with contextlib.ExitStack() as stack:
         if stop is None:
             stop = asyncio.Event()
             stack.enter_context(_signals_set(stop))
-        metrics = _Metrics(settings.metrics)
+        metrics = Metrics(settings.metrics)
         stack.callback(metrics.close)
         trainer = _Trainer(settings, heads, stop, metrics)
         while not stop.is_set():
@@ -126,18 +128,14 @@ def _signals_set(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-class _Incumbent(NamedTuple):
-    model: Model
-    announcement: Announcement | None
-    """None: the prior."""
-
-
 class _Trainer:
-    """One trainer process: its settings, its metrics, and nothing that must outlive a round."""
+    """One trainer process: its settings, its metrics, and nothing that must outlive a round but the teacher."""
 
-    def __init__(self, settings: Settings, heads, stop: asyncio.Event, metrics: _Metrics) -> None:
+    def __init__(self, settings: Settings, heads, stop: asyncio.Event, metrics: Metrics) -> None:
         self.settings, self.heads, self.stop, self.metrics = settings, heads, stop, metrics
         self.history = HistoryStore(settings.trainer.history_uri)
+        self.lessons: Lessons | None = None
+        """Read where they are first needed: the store may not be reachable yet."""
         self.has_published = False
         self.judged_events = -1
         """Length of the history when a candidate was last judged: without a new event it is not judged again."""
@@ -145,7 +143,7 @@ class _Trainer:
     async def round(self) -> RoundResult:
         """One round; never raises for what lies outside (Kafka, the stores)."""
         started = time.perf_counter()
-        with _Stages() as stages:
+        with Stages() as stages:
             try:
                 result = await self._round(stages)
             except _Stopped:
@@ -154,25 +152,25 @@ class _Trainer:
                 result = RoundResult("failed", f"{type(error).__name__}: {error}")
         result = result._replace(seconds=time.perf_counter() - started, stage_seconds=dict(stages.seconds))
         self.metrics.observe(result)
-        _log_result(result)
+        log_result(result)
         return result
 
-    async def _round(self, stages: _Stages) -> RoundResult:
+    async def _round(self, stages: Stages) -> RoundResult:
         settings = self.settings
         with stages.stage("pull"):
             pulled = await pull(
                 self.history, settings.kafka, settings.topics.events, stop=self.stop, on_progress=stages.count
             )
             self.metrics.refused.inc(pulled.refused)
-            announced, withdrawn = await _read_announcement(settings)
-            incumbent = await asyncio.to_thread(_load_incumbent, settings, announced, withdrawn)
+            announced, withdrawn = await read_announcement(settings)
+            incumbent = await asyncio.to_thread(load_incumbent, settings, announced, withdrawn)
             if announced is None and incumbent.announcement is not None:
-                await _announce(settings, incumbent.announcement)
+                await announce(settings, incumbent.announcement)
         self.has_published = incumbent.announcement is not None
         result, announcement = await asyncio.to_thread(self._train, incumbent, stages)
         if announcement is not None:
             with stages.stage("announce"):
-                await _announce(settings, announcement)
+                await announce(settings, announcement)
             self.has_published = True
             self.metrics.publish(announcement, result)
         return result
@@ -181,41 +179,53 @@ class _Trainer:
         if self.stop.is_set():
             raise _Stopped
 
-    def _train(self, incumbent: _Incumbent, stages: _Stages) -> tuple[RoundResult, Announcement | None]:
+    def _train(self, incumbent: Incumbent, stages: Stages) -> tuple[RoundResult, Announcement | None]:
         """Everything between Kafka and Kafka; runs in a thread. → the result, and what is to be announced."""
         settings, options = self.settings, self.settings.trainer
         with stages.stage("read"):
             history = self.history.read()
             self._check()
             labels = make_labels(history, settings.fold, settings.horizons)
-            gate_ms = gate_start(history, labels, settings.horizons, options.validation_fraction, options.max_events)
+            start = gate_start(history, labels, settings.horizons, options.validation_fraction, options.max_events)
         n = len(history)
         if n == self.judged_events:
             return RoundResult("nothing_new", "no event has come since the last round", n), None
-        if gate_ms is None:
+        if start is None:
             return RoundResult("too_few", "no label has had the time to mature", n), None
-        trainable = matured(labels, history.events["ts"], settings.horizons, gate_ms)[:, :3].any(axis=1).sum()
+        until_N = start.user_U[history.user]
+        trainable = matured(labels, history.events["ts"], settings.horizons, until_N)[:, :3].any(axis=1).sum()
         if trainable < options.min_events:
             reason = f"{trainable} events have matured labels; a round needs {options.min_events}"
             return RoundResult("too_few", reason, n), None
         with stages.stage("replay"):
             size = settings.worker.size
             replayed = replay(
-                history, settings.fold, size, until_ms=gate_ms, max_events=options.max_events, check=self._check
+                history,
+                settings.fold,
+                size,
+                until_ms=start.user_U,
+                max_events=options.max_events,
+                older_share=options.older_share,
+                check=self._check,
             )
-            heads = heads_of(history, self.heads, gate_ms)
+            heads = heads_of(history, self.heads, start)
             config = StudentConfig.of(size, N_FEATURES, history.platforms, heads)
-            base, config = _base(settings, incumbent, config, len(replayed.index_M))
-            examples = make_examples(history, labels, replayed, config, settings.horizons, gate_ms)
+            due = self._teacher_due(incumbent, len(replayed.index_M), history.platforms)
+            base, config = _base(settings, incumbent, config, len(replayed.index_M), due is not None)
+            examples = make_examples(history, labels, replayed, config, settings.horizons, start)
+        with stages.stage("teach"):
+            heard = self._teach(examples, history, config.platforms, due, incumbent)
+            self.metrics.hear(heard, len(self.lessons or ()))
         with stages.stage("train"):
             trained = train(
                 examples,
                 config,
                 history.categories,
                 settings.fold,
-                Schedule(options.epochs, options.batch_events, options.learning_rate, seed=options.seed),
+                self._schedule(base is None and heard.soft_MT is not None),
                 prior_logits_3=artifact.load_prior(settings.fold).calibration_P32[0, :, 1],
                 incumbent=base,
+                soft_MT=heard.soft_MT,
                 check=self._check,
                 progress=stages.share,
             )
@@ -227,7 +237,8 @@ class _Trainer:
                 labels,
                 settings.horizons,
                 replayed.rows,
-                gate_ms,
+                start,
+                learned_R3=learned(examples, len(config.platforms)),
                 check=self._check,
             )
         with stages.stage("gate"):
@@ -245,36 +256,91 @@ class _Trainer:
         if result.outcome != "published":
             return result, None
         with stages.stage("publish"):
-            first_ms = int(history.events["ts"].min())
-            training_range = {"first_ts": first_ms, "last_ts": gate_ms, "events": len(replayed.index_M)}
-            version = artifact.publish(
-                settings.store.uri,
-                settings.store.name,
-                trained.model,
-                metrics={
-                    "candidate": compared.candidate.as_dict(),
-                    "incumbent": compared.incumbent.as_dict(),
-                    "gate": verdict.as_dict(),
-                },
-                training_range=training_range,
-                reference_histograms=judge.reference_histograms(
-                    compared.candidate, examples.columns.features_NF.numpy(), examples.platform_M, config.platforms
-                ),
-                fold=settings.fold,
-                now_ms=_now_ms(),
-                kind=trained.kind,
-                parent=incumbent.announcement.version if incumbent.announcement else None,
-            )
-        announcement = _announcement(settings, version, incumbent.announcement)
+            version = self._publish(trained, examples, compared, verdict, history, start, incumbent)
+        announcement = announcement_of(settings, version, incumbent.announcement)
         return result._replace(version=f"{settings.store.name}/{version.version}"), announcement
+
+    def _teacher_due(self, incumbent: Incumbent, examples: int, platforms: tuple[str, ...]) -> str | None:
+        """Why a teacher is to be fitted; None where none is. The first model does not wait for one."""
+        if not self.settings.trainer.teacher or incumbent.announcement is None:
+            return None
+        if self.lessons is None:
+            self.lessons = Lessons(self.history, self.settings)
+        return self.lessons.due(examples, now_ms(), platforms)
+
+    def _teach(
+        self, examples: Examples, history: History, platforms: tuple[str, ...], due: str | None, incumbent: Incumbent
+    ) -> Heard:
+        if self.lessons is None or incumbent.announcement is None:
+            return Heard(None, 0, None)
+        id_M = history.events["id"][examples.index_M]
+        if due is not None:
+            log.info("a teacher is fitted", because=due, examples=len(examples))
+            heard = self.lessons.fit(examples, id_M, platforms, now_ms(), self._check)
+        else:
+            heard = self.lessons.hear(examples, id_M, platforms)
+        if heard.soft_MT is None:
+            return heard
+        # Who is held out calibrates the student, and so must not have taught it anything.
+        theirs_M = held_out(history.users)[examples.user_M]
+        return heard._replace(soft_MT=np.where(theirs_M[:, None], np.float32(np.nan), heard.soft_MT))
+
+    def _schedule(self, distils_anew: bool) -> Schedule:
+        options = self.settings.trainer
+        return Schedule(
+            epochs=options.distil_epochs if distils_anew else options.epochs,
+            batch_events=options.batch_events,
+            rate=options.distil_rate if distils_anew else options.learning_rate,
+            soft_weight=options.distil_weight,
+            seed=options.seed,
+        )
+
+    def _publish(
+        self,
+        trained: Trained,
+        examples: Examples,
+        compared: Comparison,
+        verdict: Verdict,
+        history: History,
+        start: GateStart,
+        incumbent: Incumbent,
+    ):
+        settings = self.settings
+        gates = zip(history.platforms, start.platform_P.tolist(), start.has_P, strict=True)
+        return artifact.publish(
+            settings.store.uri,
+            settings.store.name,
+            trained.model,
+            metrics={
+                "candidate": compared.candidate.as_dict(),
+                "incumbent": compared.incumbent.as_dict(),
+                "gate": verdict.as_dict(),
+                "gate_start": {platform: ms if has else None for platform, ms, has in gates},
+            },
+            training_range={
+                "first_ts": int(history.events["ts"].min()),
+                "last_ts": start.last_ms,
+                "events": len(examples),
+            },
+            reference_histograms=judge.reference_histograms(
+                compared.candidate,
+                examples.columns.features_NF.numpy(),
+                examples.platform_M,
+                trained.model.config.platforms,
+            ),
+            fold=settings.fold,
+            now_ms=now_ms(),
+            kind=trained.kind,
+            parent=incumbent.announcement.version if incumbent.announcement else None,
+        )
 
 
 def _base(
-    settings: Settings, incumbent: _Incumbent, config: StudentConfig, n_events: int
+    settings: Settings, incumbent: Incumbent, config: StudentConfig, n_events: int, teacher_is_due: bool
 ) -> tuple[Model | None, StudentConfig]:
     """→ (the model whose recurrence a minor one keeps, None for a major one; the configuration to train under)."""
     model = incumbent.model
-    if incumbent.announcement is None or model.student is None:
+    if incumbent.announcement is None or model.student is None or teacher_is_due:
         return None, config
     known = model.config
     if set(config.platforms) - set(known.platforms) or known.size != config.size or known.n_features != N_FEATURES:
@@ -307,197 +373,3 @@ def _decide(trained: Trained, compared: Comparison, verdict: Verdict, history_ev
         incumbent_log_loss=verdict.log_loss.incumbent,
         verdict=verdict,
     )
-
-
-# ── announcements ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def _read_announcement(settings: Settings) -> tuple[Announcement | None, bool]:
-    """→ (the newest announcement of our model, None where there is none; whether it was withdrawn by a null value)."""
-    newest: bytes | None = None
-    ever = False
-    async with open_consumer(settings.kafka, settings.topics.models) as (consumer, partitions):
-        async for _, records in read_to_end(consumer, partitions, timeout_s=settings.kafka.request_timeout_s):
-            for record in records:
-                if record.key == settings.store.name.encode():
-                    newest, ever = record.value, True
-    if newest is None:
-        return None, ever
-    try:
-        return msgspec.json.decode(newest, type=Announcement), False
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        log.error("announcement cannot be read", topic=settings.topics.models, error=str(error))
-        return None, False
-
-
-def _load_incumbent(settings: Settings, announced: Announcement | None, withdrawn: bool) -> _Incumbent:
-    """The announced version; with none ever announced the newest of the store that loads; the prior where nothing does,
-    or where the last announcement was withdrawn."""
-    store = settings.store
-    versions: list[ModelVersion] = [announced] if announced is not None else []
-    if announced is None and not withdrawn:
-        versions = artifact.versions(store.uri, store.name)
-    for version in versions:
-        try:
-            model = artifact.load(store.uri, store.name, version, fold=settings.fold, size=settings.worker.size)
-        except ArtifactError as error:
-            log.error("model cannot be loaded", version=version.version, reason=error.reason, detail=error.detail)
-            continue
-        return _Incumbent(model, announced or _announcement(settings, version, None))
-    return _Incumbent(artifact.load_prior(settings.fold), None)
-
-
-def _announcement(settings: Settings, version: ModelVersion, earlier: Announcement | None) -> Announcement:
-    fallbacks: list[ModelVersion] = []
-    if earlier is not None:
-        last = ModelVersion(version=earlier.version, uri=earlier.uri, sha256=earlier.sha256, abi=earlier.abi)
-        fallbacks = [last, *earlier.fallbacks][:MAX_FALLBACKS]
-    return Announcement(
-        name=settings.store.name,
-        version=version.version,
-        uri=version.uri,
-        sha256=version.sha256,
-        abi=version.abi,
-        published_at=_now_ms(),
-        fallbacks=fallbacks,
-    )
-
-
-async def _announce(settings: Settings, announcement: Announcement) -> None:
-    """Sends it and waits until all in-sync replicas have it."""
-    producer = AIOKafkaProducer(**client_options(settings.kafka), acks="all")
-    await producer.start()
-    try:
-        await producer.send_and_wait(
-            settings.topics.models, msgspec.json.encode(announcement), key=announcement.name.encode()
-        )
-    finally:
-        await producer.stop()
-    log.info("model announced", model=f"{announcement.name}/{announcement.version}", topic=settings.topics.models)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-# ── what a person sees ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class _Stages:
-    """Names and times the stages of a round; a progress bar on a terminal, structured lines otherwise."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress: Progress | None = None
-        self._task: Any = None
-
-    def __enter__(self) -> _Stages:
-        console = Console(stderr=True)
-        if sys.stderr.isatty() and console.is_terminal:
-            columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[note]}"))
-            self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a stage; a failed one too."""
-        started = time.perf_counter()
-        if self._progress is not None:
-            self._task = self._progress.add_task(name, total=None, note="")
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(time.perf_counter() - started, 3)
-            if self._progress is not None:
-                self._progress.update(self._task, total=1, completed=1)
-            else:
-                log.debug("stage done", stage=name, seconds=self.seconds[name])
-
-    def share(self, done: float) -> None:
-        """Share of the present stage that is done, 0 … 1."""
-        if self._progress is not None:
-            self._progress.update(self._task, total=1.0, completed=done)
-
-    def count(self, n: int) -> None:
-        """How many events the present stage has seen."""
-        if self._progress is not None:
-            self._progress.update(self._task, note=f"{n:,} events")
-
-
-def _log_result(result: RoundResult) -> None:
-    line: Callable[..., None] = log.error if result.outcome == "failed" else log.info
-    line(
-        "round done",
-        outcome=result.outcome,
-        reason=result.reason,
-        version=result.version,
-        kind=result.kind,
-        history_events=result.history_events,
-        log_loss=result.log_loss,
-        incumbent_log_loss=result.incumbent_log_loss,
-        seconds=round(result.seconds, 2),
-        stages=result.stage_seconds,
-    )
-
-
-class _Metrics:
-    """The trainer's own registry and port. `/metrics`; any other path answers too, which says that it is alive."""
-
-    def __init__(self, config: MetricsConfig) -> None:
-        self.registry = CollectorRegistry()
-        prefix, own = "crosscurrent_trainer_", {"registry": self.registry}
-        self.rounds = Counter(prefix + "rounds", "Rounds by outcome", ["outcome"], **own)
-        self.refused = Counter(prefix + "refused_records", "Records of `events` that are no canonical event", **own)
-        self.history_events = Gauge(prefix + "history_events", "Events in the history", **own)
-        self.round_seconds = Gauge(prefix + "last_round_seconds", "Duration of the last round", **own)
-        self.round_time = Gauge(prefix + "last_round_timestamp_seconds", "When the last round ended", **own)
-        self.published = Info(prefix + "published", "The version published last by this process", **own)
-        of = ["platform", "head", "model"]
-        self.log_loss = Gauge(prefix + "log_loss", "Log-loss on later events, last judged round", of, **own)
-        self.auc = Gauge(prefix + "auc", "AUC on later events, last judged round", of, **own)
-        self.hit_rate = Gauge(prefix + "hit_rate_5", "HR@5 of the next category, last judged round", of, **own)
-        self.base_rate = Gauge(prefix + "base_rate", "Share of positives, last judged round", of[:2], **own)
-        self.judged = Gauge(prefix + "judged_events", "Events judged, last judged round", of[:2], **own)
-        self._server = None
-        if config.enabled:
-            self._server, _ = start_http_server(config.trainer_port, config.host, registry=self.registry)
-            log.info("metrics served", host=config.host, port=self._server.server_port)
-
-    def observe(self, result: RoundResult) -> None:
-        """After every round."""
-        self.rounds.labels(result.outcome).inc()
-        self.round_seconds.set(result.seconds)
-        self.round_time.set(time.time())
-        if result.outcome not in ("failed", "stopped"):
-            self.history_events.set(result.history_events)
-        for name, report in (("candidate", result.candidate), ("incumbent", result.incumbent)):
-            if report is not None:
-                self._observe_report(name, report)
-
-    def _observe_report(self, name: str, report: Report) -> None:
-        for (platform, head), cell in report.cells.items():
-            self.log_loss.labels(platform, head, name).set(cell.log_loss)
-            self.auc.labels(platform, head, name).set(cell.auc)
-            self.base_rate.labels(platform, head).set(cell.base_rate)
-            self.judged.labels(platform, head).set(cell.n)
-        for platform, cell in report.categories.items():
-            self.log_loss.labels(platform, "category", name).set(cell.nll)
-            self.hit_rate.labels(platform, "category", name).set(cell.hit_rate_5)
-            self.judged.labels(platform, "category").set(cell.n)
-
-    def publish(self, announcement: Announcement, result: RoundResult) -> None:
-        """After an announcement."""
-        self.published.info(
-            {"version": f"{announcement.name}/{announcement.version}", "kind": result.kind or "", "uri": announcement.uri}
-        )
-
-    def close(self) -> None:
-        """Stops serving."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()

@@ -4,7 +4,8 @@
     a causal transformer (trainer/transformer.py), a residual on it ◄──┘ ─────────────────────────┘   that help
 
 A member that does not lower the log-loss on the examples to check by is dropped, and the reason says so. Of an event that
-it learned from, boosting and regression say what copies say that have not seen its user.
+it learned from, boosting and regression say what copies say that have not seen its user; of an event that comes later
+they are asked themselves (`Teaching.answer`), and what they say of it cannot have been learned from its label.
 
 Shapes: M examples, T tasks. Knows nothing of the student, the gate or Kafka.
 """
@@ -20,8 +21,22 @@ from trainer import boosting
 from trainer.examples import Check, Examples, check_loss
 from trainer.train import LEAST_ANCHORS, LEAST_OF_A_CLASS
 
-MoreMember = Callable[[Examples, np.ndarray], np.ndarray]
-"""(examples, offset (M, T), NaN where there is none) → logits (M, T)."""
+Answer = Callable[[Examples, np.ndarray, np.ndarray], np.ndarray]
+"""(examples, wanted (M,) bool, offset (M, T), NaN where there is none) → logits (wanted, T). The examples' platforms are
+those of the examples fitted on."""
+
+
+class Member(NamedTuple):
+    """One that has been fitted."""
+
+    logits_MT: np.ndarray
+    """Of the examples that it was fitted on."""
+    answer: Answer
+    """What it says of examples that come later."""
+
+
+MoreMember = Callable[[Examples, np.ndarray], Member]
+"""(examples, offset (M, T), NaN where there is none) → the member."""
 
 
 class Teaching(NamedTuple):
@@ -34,6 +49,8 @@ class Teaching(NamedTuple):
     kept: tuple[str, ...]
     reasons: dict[str, str]
     """Member → why it was kept or dropped, with the numbers."""
+    answer: Callable[[Examples, np.ndarray], np.ndarray]
+    """(examples, wanted (M,) bool) → logits (wanted, T) of those kept, of examples that come later."""
 
 
 def teach(
@@ -44,30 +61,91 @@ def teach(
     check: Check = lambda: None,
 ) -> Teaching:
     """Fits every member and keeps those that help. `more`: further members, told the mean of the first two."""
-    members = dict(zip(("boosting", "logistic"), _cross_fitted(examples, threads, check), strict=True))
-    offset_MT = (members["boosting"] + members["logistic"]) / 2.0
+    fitted = _cross_fitted(examples, threads, check)
+    offset_MT = _mean([member.logits_MT for member in fitted.values()])
     for name, fit in more.items():
         check()
-        members[name] = np.where(np.isnan(offset_MT), np.nan, fit(examples, offset_MT)).astype(np.float32)
+        member = fit(examples, offset_MT)
+        own_MT = np.where(np.isnan(offset_MT), np.nan, member.logits_MT).astype(np.float32)
+        fitted[name] = member._replace(logits_MT=own_MT)
+    members = {name: member.logits_MT for name, member in fitted.items()}
     kept, reasons = choose(examples, members)
-    return Teaching(np.mean([members[name] for name in kept], axis=0), members, kept, reasons)
+
+    def answer(later: Examples, wanted_M: np.ndarray) -> np.ndarray:
+        # A further member may look at all that came before, so its offset is needed everywhere.
+        everywhere_M = np.ones(len(later), bool) if set(kept) - set(_FIRST) else wanted_M
+        first = {name: fitted[name].answer(later, everywhere_M, np.empty(0)) for name in _FIRST}
+        offset_XT = _mean([*first.values()])
+        said = [
+            first[name][wanted_M[everywhere_M]] if name in first else fitted[name].answer(later, wanted_M, offset_XT)
+            for name in kept
+        ]
+        return np.where(np.isnan(offset_XT[wanted_M[everywhere_M]]), np.nan, _mean(said)).astype(np.float32)
+
+    return Teaching(_mean([members[name] for name in kept]), members, kept, reasons, answer)
 
 
-def _cross_fitted(examples: Examples, threads: int, check: Check) -> tuple[np.ndarray, np.ndarray]:
+_FIRST: dict[str, Callable[..., boosting.Predict]] = {
+    "boosting": boosting.fit_boosting,
+    "logistic": boosting.fit_logistic,
+}
+
+
+def _mean(logits: list[np.ndarray]) -> np.ndarray:
+    return np.mean(logits, axis=0)
+
+
+def _cross_fitted(examples: Examples, threads: int, check: Check) -> dict[str, Member]:
+    """Boosting and regression, a model a platform × task where there is enough to learn from."""
     features_MF = examples.columns.features_NF.numpy()
-    out = np.full((2, *examples.y_MT.shape), np.nan, np.float32)
+    logits = {name: np.full(examples.y_MT.shape, np.nan, np.float32) for name in _FIRST}
+    predicts: dict[str, dict[tuple[int, int], boosting.Predict]] = {name: {} for name in _FIRST}
     for row in np.unique(examples.platform_M):
         of = np.flatnonzero(examples.platform_M == row)
         x = features_MF[of]
         for task in range(len(examples.tasks)):
-            check()
             y, learn = examples.y_MT[of, task], examples.learn_MT[of, task]
             n, positives = int(learn.sum()), int(y[learn].sum())
             if n < LEAST_ANCHORS or min(positives, n - positives) < LEAST_OF_A_CLASS:
                 continue
-            fitted = boosting.cross_fit(x, y, learn, examples.user_M[of], threads)
-            out[0, of, task], out[1, of, task] = fitted
-    return out[0], out[1]
+            for name, fit in _FIRST.items():
+                logit, predict = _cross_fit(fit, x, y, learn, examples.user_M[of], threads, check)
+                logits[name][of, task], predicts[name][int(row), task] = logit, predict
+    return {name: Member(logits[name], _answer_of(predicts[name])) for name in _FIRST}
+
+
+def _cross_fit(
+    fit: Callable[..., boosting.Predict],
+    x: np.ndarray,
+    y: np.ndarray,
+    learn: np.ndarray,
+    user: np.ndarray,
+    threads: int,
+    check: Check,
+) -> tuple[np.ndarray, boosting.Predict]:
+    """As `boosting.cross_fit`, of one of the two → (logits of all, out of fold where learned from; the model of all)."""
+    check()
+    predict = fit(x[learn], y[learn], threads=threads)
+    logit, fold = predict(x), user * 7919 % boosting.FOLDS
+    for k in range(boosting.FOLDS):
+        check()
+        own, rest = learn & (fold == k), learn & (fold != k)
+        if own.any() and y[rest].min(initial=1.0) < y[rest].max(initial=0.0):
+            logit[own] = fit(x[rest], y[rest], seeds=boosting.SEEDS[:1], threads=threads)(x[own])
+    return logit, predict
+
+
+def _answer_of(predicts: Mapping[tuple[int, int], boosting.Predict]) -> Answer:
+    def answer(examples: Examples, wanted_M: np.ndarray, offset_MT: np.ndarray) -> np.ndarray:
+        platform_X, x_XF = examples.platform_M[wanted_M], examples.columns.features_NF.numpy()[wanted_M]
+        out_XT = np.full((len(x_XF), len(examples.tasks)), np.nan, np.float32)
+        for (row, task), predict in predicts.items():
+            own = np.flatnonzero(platform_X == row)
+            if len(own):
+                out_XT[own, task] = predict(x_XF[own])
+        return out_XT
+
+    return answer
 
 
 def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], dict[str, str]]:

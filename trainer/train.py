@@ -31,8 +31,10 @@ from trainer.fit import Fitted, Network, Progress, Schedule, fit, logits, of_use
 LEAST_ANCHORS, LEAST_OF_A_CLASS = 200, 20
 """A platform × head with fewer matured anchors, or fewer of either outcome, gets its base rate and no more."""
 MINOR_RATE = 0.3
-# Strength of the pull of a calibration towards slope 1 and offset 0, in units of information (n p (1 − p)).
+# Strength of the pull of a calibration towards slope 1 and offset 0, in units of information (n p (1 − p)); of one by
+# users, of whom there may be a dozen with hundreds of events each, in units of independent information.
 SLOPE_PRIOR, OFFSET_PRIOR = 25.0, 5.0
+SLOPE_PRIOR_BY_USERS, OFFSET_PRIOR_BY_USERS = 100.0, 25.0
 
 
 class Trained(NamedTuple):
@@ -148,13 +150,14 @@ def _count(examples: Examples, of_M: np.ndarray, names: Mapping[int, str], n_pla
 def _calibrate(network: Network, examples: Examples, prior_logits_3: np.ndarray) -> np.ndarray:
     """(P + 1, 3, 2) float32: slope and offset on the logits, fitted on the examples to check by.
 
-    Row 0 is fitted on all platforms and is what a platform's own fit is pulled to. A head of which too little has
-    matured anywhere says the base rate (slope 0), itself pulled to the prior's.
+    Row 0 is fitted on all platforms and is what a platform's own fit is pulled to; so a platform of which too little has
+    matured, or nothing, is calibrated as all of them together. A head of which too little has matured anywhere says the
+    base rate (slope 0), itself pulled to the prior's.
     """
     calibration_P32 = identity_calibration(len(network.student.config.platforms))
     at = of_users_with(examples, examples.check_MT)
     logits_AT = logits(network, examples, at)
-    platform_A = examples.platform_M[at]
+    platform_A, user_A = examples.platform_M[at], examples.user_M[at]
     for head in range(len(BINARY_HEADS)):
         if not _enough(examples, head, 0):
             y = examples.y_MT[_known(examples, head), head]
@@ -162,13 +165,18 @@ def _calibrate(network: Network, examples: Examples, prior_logits_3: np.ndarray)
             calibration_P32[:, head] = 0.0, _logit((y.sum() + 20.0 * prior) / (len(y) + 20.0))
             continue
         use_A, y_A = examples.check_MT[at, head], examples.y_MT[at, head]
-        pooled = affine(logits_AT[use_A, head], y_A[use_A], (1.0, 0.0))
+        pooled = affine(logits_AT[use_A, head], y_A[use_A], (1.0, 0.0), user_A[use_A])
         calibration_P32[:, head] = pooled
         for row in range(1, len(calibration_P32)):
             own_A = use_A & (platform_A == row)
-            if _enough(examples, head, row):
-                calibration_P32[row, head] = affine(logits_AT[own_A, head], y_A[own_A], pooled)
+            if own_A.any():
+                calibration_P32[row, head] = affine(logits_AT[own_A, head], y_A[own_A], pooled, user_A[own_A])
     return calibration_P32
+
+
+def learned(examples: Examples, n_platforms: int) -> np.ndarray:
+    """(P + 1, 3) bool: enough has matured of a platform × head to learn something of its own."""
+    return np.array([[_enough(examples, head, row) for head in range(len(BINARY_HEADS))] for row in range(n_platforms + 1)])
 
 
 def _known(examples: Examples, head: int) -> np.ndarray:
@@ -182,10 +190,19 @@ def _enough(examples: Examples, head: int, row: int) -> bool:
     return n >= LEAST_ANCHORS and min(positives, n - positives) >= LEAST_OF_A_CLASS
 
 
-def affine(logit_A: np.ndarray, y_A: np.ndarray, towards: tuple[float, float]) -> tuple[float, float]:
-    """(slope ≥ 0, offset) of the regularised logistic fit of y on a logit, by Newton's method."""
+def affine(
+    logit_A: np.ndarray, y_A: np.ndarray, towards: tuple[float, float], user_A: np.ndarray | None = None
+) -> tuple[float, float]:
+    """(slope ≥ 0, offset) of the regularised logistic fit of y on a logit, by Newton's method.
+
+    `user_A`: whose events they are. A user's events err together, so that n of them are worth n over the design effect
+    (Kish, Survey Sampling, 1965), and the pull is as much stronger.
+    """
     x_A2 = np.stack([np.clip(logit_A, -15.0, 15.0), np.ones(len(logit_A))], axis=1).astype(np.float64)
     prior_2, strength_2 = np.array(towards, np.float64), np.array([SLOPE_PRIOR, OFFSET_PRIOR])
+    if user_A is not None:
+        error_A = y_A - 1.0 / (1.0 + np.exp(-x_A2 @ prior_2))
+        strength_2 = design_effect(error_A, user_A) * np.array([SLOPE_PRIOR_BY_USERS, OFFSET_PRIOR_BY_USERS])
     theta_2 = prior_2.copy()
     for _ in range(25):
         p_A = 1.0 / (1.0 + np.exp(-x_A2 @ theta_2))
@@ -193,3 +210,10 @@ def affine(logit_A: np.ndarray, y_A: np.ndarray, towards: tuple[float, float]) -
         curvature_22 = (x_A2 * (p_A * (1.0 - p_A))[:, None]).T @ x_A2 + np.diag(strength_2)
         theta_2 -= np.clip(np.linalg.solve(curvature_22, gradient_2), -1.0, 1.0)
     return max(0.0, float(theta_2[0])), float(theta_2[1])
+
+
+def design_effect(error_A: np.ndarray, user_A: np.ndarray) -> float:
+    """How many times the variance of a sum of errors is what it were if they were independent; at least 1."""
+    _, of_A = np.unique(user_A, return_inverse=True)
+    square = float((error_A**2).sum())
+    return max(1.0, float((np.bincount(of_A, error_A) ** 2).sum()) / square) if square > 0.0 else 1.0
