@@ -151,12 +151,15 @@ def test_nothing_after_the_gate_is_known_in_training(history, labels, replayed, 
 
 
 def test_between_what_trains_and_what_judges_lies_the_horizon(history, labels, gate, examples):
-    assert later_anchors(history, labels, gate).sum(axis=0).min() > 100
+    later = later_anchors(history, labels, gate)
+    assert later.sum(axis=0).min() > 100
     for head, horizon in enumerate(horizons_ms(HORIZONS)):
-        judged = history.events["ts"][later_anchors(history, labels, gate)[:, head]]
         known = (examples.learn_MT | examples.check_MT)[:, head] if head < 3 else examples.next_M != 0
         assert known.sum() > 500
-        assert judged.min() - examples.ts_M[known].max() > horizon
+        for platform in range(len(history.platforms)):
+            judged = history.events["ts"][later[:, head] & (history.platform == platform)]
+            learned_of = examples.ts_M[known & (examples.platform_M == platform + 1)]
+            assert not len(judged) or judged.min() - learned_of.max(initial=0) > horizon
 
 
 def later_anchors(history, labels, gate) -> np.ndarray:
@@ -215,7 +218,7 @@ def test_each_platform_has_a_gate_of_its_own_and_a_user_the_least_of_his(two_spa
     labels = make_labels(two_spans, FOLD, HORIZONS)
     start = gate_start(two_spans, labels, HORIZONS, 0.2)
     gates = dict(zip(two_spans.platforms, start.platform_P.tolist(), strict=True))
-    assert START_MS + 25 * DAY_MS < gates["annexe"] and gates["shop"] < gates["annexe"]
+    assert gates["annexe"] > START_MS + 25 * DAY_MS and gates["shop"] < gates["annexe"]
     assert start.has_P.tolist() == [True, False, True, True] and two_spans.platforms[1] == "booth"
     assert start.last_ms == gates["annexe"]
     seen = [set(two_spans.platform[two_spans.user == u].tolist()) for u in range(len(two_spans.users))]
@@ -448,7 +451,7 @@ def test_a_calibration_moves_less_on_few_users_than_on_many():
     few, many = affine(z, y, (1.0, 0.0), of_few), affine(z, y, (1.0, 0.0), np.arange(2400))
     error = y - 1 / (1 + np.exp(-z))
     assert design_effect(error, of_few) > 20 and design_effect(error, np.arange(2400)) == 1.0
-    assert abs(few[1]) < 0.6 * abs(many[1]) and 0.6 < -many[1] < 1.6
+    assert abs(few[1]) < 0.6 * abs(many[1]) and 0.4 < -many[1] < 1.6
     assert affine(np.empty(0), np.empty(0), (1.2, 0.3), np.empty(0, int)) == pytest.approx((1.2, 0.3))
 
 

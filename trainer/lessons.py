@@ -4,9 +4,9 @@
     not ─► logits written down, by event; events that no teacher was asked of yet: the members kept in memory ─► …-000001
 
 A teacher is due where there is none, once a day (`trainer.teacher_every_s`), once there are twice as many examples as it
-had, where the platforms are others, and on drift: what it says of the events since has another distribution than what it
-said of those that it was fitted with (PSI, as of credit scoring: Siddiqi, Credit Risk Scorecards, Wiley 2006). A new
-teacher says anew what it thinks of every event, and what the one before said is deleted.
+had, where the platforms are others, and on drift, but then at most once an hour: what it says of the events since has
+another distribution than what it said of those that it was fitted with (PSI, as of credit scoring: Siddiqi, Credit Risk
+Scorecards, Wiley 2006). A new teacher says anew what it thinks of every event, and what the one before said is deleted.
 
 The members live in memory. After a restart what was written down still answers for the events of then; later events are
 not asked until a teacher is due. Nothing here holds a user id: an event is its hash.
@@ -35,8 +35,10 @@ from trainer.history import HistoryStore
 log = structlog.get_logger("crosscurrent.trainer")
 
 FOLDER = "teacher"
-DRIFT_PSI, DRIFT_EVENTS, _BINS = 0.25, 1000, 10
-"""Above this on a platform × task, of at least so many later events, a teacher has drifted."""
+DRIFT_PSI, DRIFT_EVENTS, _BINS = 0.25, 10_000, 10
+"""Above this on a platform × task, of at least so many later events, a teacher has drifted. A few thousand events of a
+hundred users differ by as much without any drift."""
+LEAST_AGE_MS = 3_600_000
 
 _FILE = re.compile(r"(\d{13})-(\d{6})\.parquet$")
 
@@ -81,7 +83,7 @@ class Lessons:
             return f"{examples} examples, it had {self._examples}"
         if self._answer is not None and platforms != self._platforms:
             return "there is another platform"
-        return self._drifted or None
+        return (self._drifted or None) if now_ms - self._fitted_ms >= LEAST_AGE_MS else None
 
     def fit(
         self, examples: Examples, id_M: np.ndarray, platforms: tuple[str, ...], now_ms: int, check: Check = lambda: None
@@ -97,7 +99,8 @@ class Lessons:
         for name, reason in teaching.reasons.items():
             log.info("teacher's member", member=name, kept=name in teaching.kept, reason=reason)
         earlier = self._paths()
-        self._fitted_ms = max(now_ms, self._fitted_ms + 1)
+        # Later than all that lies there, also what could not be read.
+        self._fitted_ms = max([now_ms, *(int(_FILE.search(path)[1]) + 1 for path in earlier)])
         self._answer, self._platforms, self._drifted = teaching.answer, platforms, ""
         self._examples, self._files = len(examples), 0
         self._id, self._logits_T = np.empty(0, np.uint64), np.empty((0, len(examples.tasks)), np.float32)
