@@ -153,7 +153,8 @@ class TrainerConfig(_Section):
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 1
     nice: Annotated[int, Field(ge=0, le=19)] = 10
-    """Niceness of the process: on a machine that it shares, the worker goes first. 0: as it was started."""
+    """Niceness of the rounds once a model is published: on a machine that it shares, the worker goes first. 0: as it was
+    started."""
 
 
 class MetricsConfig(_Section):

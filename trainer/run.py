@@ -93,8 +93,6 @@ async def run_trainer(
     events show. A round that fails for a reason outside (Kafka, the store) is reported and tried again.
     """
     torch.set_num_threads(settings.trainer.threads)
-    # Threads that come later inherit it.
-    os.setpriority(os.PRIO_PROCESS, 0, max(settings.trainer.nice, os.getpriority(os.PRIO_PROCESS, 0)))
     results: list[RoundResult] = []
     with contextlib.ExitStack() as stack:
         if stop is None:
@@ -182,6 +180,9 @@ class _Trainer:
     def _train(self, incumbent: Incumbent, stages: Stages) -> tuple[RoundResult, Announcement | None]:
         """Everything between Kafka and Kafka; runs in a thread. → the result, and what is to be announced."""
         settings, options = self.settings, self.settings.trainer
+        if incumbent.announcement is not None:
+            # Of this thread and those that it starts. The first model is waited for.
+            os.setpriority(os.PRIO_PROCESS, 0, max(options.nice, os.getpriority(os.PRIO_PROCESS, 0)))
         with stages.stage("read"):
             history = self.history.read()
             self._check()

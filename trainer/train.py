@@ -215,5 +215,6 @@ def affine(
 def design_effect(error_A: np.ndarray, user_A: np.ndarray) -> float:
     """How many times the variance of a sum of errors is what it were if they were independent; at least 1."""
     _, of_A = np.unique(user_A, return_inverse=True)
+    error_A = error_A - error_A.mean() if len(error_A) else error_A
     square = float((error_A**2).sum())
     return max(1.0, float((np.bincount(of_A, error_A) ** 2).sum()) / square) if square > 0.0 else 1.0
