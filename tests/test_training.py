@@ -21,7 +21,7 @@ from trainer.examples import before, gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule
 from trainer.history import HistoryStore
 from trainer.labels import horizons_ms, make_labels, matured
-from trainer.train import _category_targets, affine, design_effect, learned, train
+from trainer.train import _category_targets, affine, design_effect, learned, offset, train
 
 FOLD, HORIZONS = FoldConfig(), HorizonsConfig()
 OPTIONS = Schedule(epochs=2)
@@ -452,6 +452,10 @@ def test_a_calibration_moves_less_on_few_users_than_on_many():
     error = y - 1 / (1 + np.exp(-z))
     assert design_effect(error, of_few) > 20 and design_effect(error, np.arange(2400)) == 1.0
     assert abs(few[1]) < 0.6 * abs(many[1]) and 0.4 < -many[1] < 1.6
+    assert offset(np.empty(0), np.empty(0), np.empty(0)) == 0.0
+    exact = offset(z, y, np.arange(2400))
+    said = (1 / (1 + np.exp(-z - exact))).mean()
+    assert said == pytest.approx(y.mean(), abs=0.01) and abs(offset(z, y, of_few)) < abs(exact)
     assert affine(np.empty(0), np.empty(0), (1.2, 0.3), np.empty(0, int)) == pytest.approx((1.2, 0.3))
 
 

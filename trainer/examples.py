@@ -277,13 +277,13 @@ def make_examples(
         tasks=BINARY_HEADS,
         y_MT=labels.y_N3[index_M].astype(np.float32),
         learn_MT=known_M4[:, :CATEGORY] & ~held_out_M[:, None],
-        check_MT=check_MT & _late(check_MT, ts_M, platform_M),
+        check_MT=check_MT & late_half(check_MT, ts_M, platform_M),
         next_M=np.where(known_M4[:, CATEGORY], labels.category_N[index_M], 0).astype(np.uint32),
         learn_next_M=known_M4[:, CATEGORY] & ~held_out_M,
     )
 
 
-def _late(mask_MT: np.ndarray, ts_M: np.ndarray, platform_M: np.ndarray) -> np.ndarray:
+def late_half(mask_MT: np.ndarray, ts_M: np.ndarray, platform_M: np.ndarray) -> np.ndarray:
     """(M, T) bool: of the examples of the mask, the later half of each platform × task."""
     late_MT = np.zeros(mask_MT.shape, bool)
     for task in range(mask_MT.shape[1]):

@@ -25,7 +25,7 @@ from models.config import FoldConfig
 from models.events import BINARY_HEADS
 from models.scorer import Model, identity_calibration
 from models.student import N_GATES, Student, StudentConfig
-from trainer.examples import Check, Examples
+from trainer.examples import Check, Examples, late_half
 from trainer.fit import Fitted, Network, Progress, Schedule, fit, logits, of_users_with
 
 LEAST_ANCHORS, LEAST_OF_A_CLASS = 200, 20
@@ -148,29 +148,37 @@ def _count(examples: Examples, of_M: np.ndarray, names: Mapping[int, str], n_pla
 
 
 def _calibrate(network: Network, examples: Examples, prior_logits_3: np.ndarray) -> np.ndarray:
-    """(P + 1, 3, 2) float32: slope and offset on the logits, fitted on the examples to check by.
+    """(P + 1, 3, 2) float32: slope and offset on the logits.
 
-    Row 0 is fitted on all platforms and is what a platform's own fit is pulled to; so a platform of which too little has
-    matured, or nothing, is calibrated as all of them together. A head of which too little has matured anywhere says the
-    base rate (slope 0), itself pulled to the prior's.
+    How much to trust a logit (the slope) only users can say whom the student did not learn from. How often something
+    happens of late (the offset) all users say, over the later half of what had matured: those held out may be a dozen.
+    Row 0 is fitted on all platforms and is what a platform's own slope is pulled to; a platform of which nothing has
+    matured is calibrated as all of them together. A head of which too little has matured anywhere says the base rate
+    (slope 0), itself pulled to the prior's.
     """
     calibration_P32 = identity_calibration(len(network.student.config.platforms))
-    at = of_users_with(examples, examples.check_MT)
+    known_M3 = examples.learn_MT[:, : len(BINARY_HEADS)] | examples.check_MT[:, : len(BINARY_HEADS)]
+    late_M3 = known_M3 & late_half(known_M3, examples.ts_M, examples.platform_M)
+    at = of_users_with(examples, known_M3)
     logits_AT = logits(network, examples, at)
     platform_A, user_A = examples.platform_M[at], examples.user_M[at]
     for head in range(len(BINARY_HEADS)):
         if not _enough(examples, head, 0):
-            y = examples.y_MT[_known(examples, head), head]
+            y = examples.y_MT[known_M3[:, head], head]
             prior = 1.0 / (1.0 + np.exp(-float(prior_logits_3[head])))
             calibration_P32[:, head] = 0.0, _logit((y.sum() + 20.0 * prior) / (len(y) + 20.0))
             continue
-        use_A, y_A = examples.check_MT[at, head], examples.y_MT[at, head]
-        pooled = affine(logits_AT[use_A, head], y_A[use_A], (1.0, 0.0), user_A[use_A])
-        calibration_P32[:, head] = pooled
-        for row in range(1, len(calibration_P32)):
-            own_A = use_A & (platform_A == row)
-            if own_A.any():
-                calibration_P32[row, head] = affine(logits_AT[own_A, head], y_A[own_A], pooled, user_A[own_A])
+        z_A, y_A = logits_AT[:, head], examples.y_MT[at, head]
+        check_A, late_A = examples.check_MT[at, head], late_M3[at, head]
+        pooled = affine(z_A[check_A], y_A[check_A], (1.0, 0.0), user_A[check_A])
+        for row in range(len(calibration_P32)):
+            of_A = (platform_A == row) if row else np.ones(len(at), bool)
+            own_A, own_late_A = of_A & check_A, of_A & late_A
+            if row and not own_late_A.any():
+                calibration_P32[row, head] = calibration_P32[0, head]
+                continue
+            slope, _ = affine(z_A[own_A], y_A[own_A], pooled, user_A[own_A]) if row else pooled
+            calibration_P32[row, head] = slope, offset(slope * z_A[own_late_A], y_A[own_late_A], user_A[own_late_A])
     return calibration_P32
 
 
@@ -179,12 +187,8 @@ def learned(examples: Examples, n_platforms: int) -> np.ndarray:
     return np.array([[_enough(examples, head, row) for head in range(len(BINARY_HEADS))] for row in range(n_platforms + 1)])
 
 
-def _known(examples: Examples, head: int) -> np.ndarray:
-    return examples.learn_MT[:, head] | examples.check_MT[:, head]
-
-
 def _enough(examples: Examples, head: int, row: int) -> bool:
-    of_row = _known(examples, head) & ((examples.platform_M == row) if row else True)
+    of_row = (examples.learn_MT[:, head] | examples.check_MT[:, head]) & ((examples.platform_M == row) if row else True)
     positives = int(examples.y_MT[of_row, head].sum())
     n = int(of_row.sum())
     return n >= LEAST_ANCHORS and min(positives, n - positives) >= LEAST_OF_A_CLASS
@@ -210,6 +214,17 @@ def affine(
         curvature_22 = (x_A2 * (p_A * (1.0 - p_A))[:, None]).T @ x_A2 + np.diag(strength_2)
         theta_2 -= np.clip(np.linalg.solve(curvature_22, gradient_2), -1.0, 1.0)
     return max(0.0, float(theta_2[0])), float(theta_2[1])
+
+
+def offset(logit_A: np.ndarray, y_A: np.ndarray, user_A: np.ndarray) -> float:
+    """What to add to logits so that they say as much as happened, pulled to 0 as by `affine`."""
+    z_A, added = np.clip(logit_A, -15.0, 15.0).astype(np.float64), 0.0
+    strength = OFFSET_PRIOR_BY_USERS * design_effect(y_A - 1.0 / (1.0 + np.exp(-z_A)), user_A)
+    for _ in range(25):
+        p_A = 1.0 / (1.0 + np.exp(-z_A - added))
+        step = ((p_A - y_A).sum() + strength * added) / ((p_A * (1.0 - p_A)).sum() + strength)
+        added -= float(np.clip(step, -1.0, 1.0))
+    return added
 
 
 def design_effect(error_A: np.ndarray, user_A: np.ndarray) -> float:
