@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 import torch
 from aiokafka import AIOKafkaProducer
+from prometheus_client import generate_latest
 from synthetic_history import PARTITIONS, make_canonical
 
 from models import artifact
@@ -36,7 +38,8 @@ def one_thread():
 
 
 def settings_of(tmp_path, kafka: KafkaConfig, topics, **trainer) -> Settings:
-    options = {"history_uri": str(tmp_path / "history"), "epochs": 2, "min_events": 1000, "nice": 0, **trainer}
+    options = {"history_uri": str(tmp_path / "history"), "epochs": 2, "min_events": 1000, "nice": 0, "teacher": False}
+    options |= trainer
     return Settings(
         kafka=kafka,
         topics=topics,
@@ -174,6 +177,49 @@ async def test_an_incumbent_that_cannot_be_loaded_does_not_stop_the_trainer(sett
     two = await announced(settings)
     assert second.outcome == "published" and second.kind == "major" and two.version > one.version
     assert load(settings, two).version == second.version
+
+
+@pytest.mark.broker
+async def test_the_second_model_distils_a_teacher_and_later_rounds_ask_only_of_new_events(settings, monkeypatch, tmp_path):
+    await produce(settings, EVENTS)
+    real, scraped = run._decide, []
+
+    def always(*args):
+        return real(*args)._replace(outcome="published")
+
+    class Spy(run.Metrics):
+        def close(self):
+            scraped.append(generate_latest(self.registry).decode())
+            super().close()
+
+    monkeypatch.setattr(run, "_decide", always)
+    monkeypatch.setattr(run, "Metrics", Spy)
+    options = {"teacher": True, "distil_epochs": 2, "major_every": 100, "interval_s": 0.1}
+    settings = settings.model_copy(update={"trainer": settings.trainer.model_copy(update=options)})
+    stop, results = asyncio.Event(), []
+    log_round = run.log_result
+
+    def count(result):
+        log_round(result)
+        results.append(result)
+        if len([r for r in results if r.outcome == "published"]) == 3:
+            stop.set()
+
+    monkeypatch.setattr(run, "log_result", count)
+    trainer = asyncio.create_task(run_trainer(settings, stop=stop))
+    while sum(r.outcome == "published" for r in results) < 2:
+        await asyncio.sleep(0.2)
+        assert not trainer.done(), trainer.result()
+    first_asked = {path.name: path.stat().st_size for path in (tmp_path / "history" / "teacher").iterdir()}
+    await produce(settings, make_canonical(260, days=4, seed=1, start_ms=EVENTS[-1].ts))
+    await asyncio.wait_for(trainer, 120)
+    assert [r.kind for r in results if r.outcome == "published"] == ["major", "major", "minor"]
+    names = sorted(path.name for path in (tmp_path / "history" / "teacher").iterdir())
+    assert len(names) == 2 and names[0] in first_asked and names[1].endswith("-000001.parquet")
+    assert "crosscurrent_trainer_teacher_fits_total 1.0" in scraped[0]
+    assert 'crosscurrent_trainer_teacher_member{member="boosting"}' in scraped[0]
+    cached = float(re.search(r"teacher_cached_events ([\d.e+]+)", scraped[0])[1])
+    assert cached == float(re.search(r"teacher_asked_events_total ([\d.e+]+)", scraped[0])[1]) > 8000
 
 
 @pytest.mark.broker
