@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,11 +13,10 @@ import msgspec
 import pytest
 import torch
 from aiokafka import AIOKafkaProducer
-from prometheus_client import generate_latest
 from synthetic_history import PARTITIONS, make_canonical
 
 from models import artifact
-from models.config import KafkaConfig, MetricsConfig, Settings, StoreConfig, TrainerConfig
+from models.config import GATE_RULES, KafkaConfig, MetricsConfig, Settings, StoreConfig, TrainerConfig
 from models.events import CanonicalEvent
 from streams.kafka import create_topics
 from trainer import run
@@ -181,45 +179,33 @@ async def test_an_incumbent_that_cannot_be_loaded_does_not_stop_the_trainer(sett
 
 @pytest.mark.broker
 async def test_the_second_model_distils_a_teacher_and_later_rounds_ask_only_of_new_events(settings, monkeypatch, tmp_path):
-    await produce(settings, EVENTS)
-    real, scraped = run._decide, []
+    real = run._decide
 
     def always(*args):
         return real(*args)._replace(outcome="published")
 
-    class Spy(run.Metrics):
-        def close(self):
-            scraped.append(generate_latest(self.registry).decode())
-            super().close()
-
     monkeypatch.setattr(run, "_decide", always)
-    monkeypatch.setattr(run, "Metrics", Spy)
-    options = {"teacher": True, "distil_epochs": 2, "major_every": 100, "interval_s": 0.1}
+    options = {"teacher": True, "distil_epochs": 2, "epochs": 1, "major_every": 100, "min_events": 500}
     settings = settings.model_copy(update={"trainer": settings.trainer.model_copy(update=options)})
-    stop, results = asyncio.Event(), []
-    log_round = run.log_result
-
-    def count(result):
-        log_round(result)
-        results.append(result)
-        if len([r for r in results if r.outcome == "published"]) == 3:
-            stop.set()
-
-    monkeypatch.setattr(run, "log_result", count)
-    trainer = asyncio.create_task(run_trainer(settings, stop=stop))
-    while sum(r.outcome == "published" for r in results) < 2:
-        await asyncio.sleep(0.2)
-        assert not trainer.done(), trainer.result()
-    first_asked = {path.name: path.stat().st_size for path in (tmp_path / "history" / "teacher").iterdir()}
-    await produce(settings, make_canonical(260, days=4, seed=1, start_ms=EVENTS[-1].ts))
-    await asyncio.wait_for(trainer, 120)
-    assert [r.kind for r in results if r.outcome == "published"] == ["major", "major", "minor"]
-    names = sorted(path.name for path in (tmp_path / "history" / "teacher").iterdir())
-    assert len(names) == 2 and names[0] in first_asked and names[1].endswith("-000001.parquet")
-    assert "crosscurrent_trainer_teacher_fits_total 1.0" in scraped[0]
-    assert 'crosscurrent_trainer_teacher_member{member="boosting"}' in scraped[0]
-    cached = float(re.search(r"teacher_cached_events ([\d.e+]+)", scraped[0])[1])
-    assert cached == float(re.search(r"teacher_asked_events_total ([\d.e+]+)", scraped[0])[1]) > 8000
+    metrics = run.Metrics(settings.metrics)
+    trainer = run._Trainer(settings, None, asyncio.Event(), metrics)
+    parts = EVENTS[: len(EVENTS) * 3 // 4], EVENTS[len(EVENTS) * 3 // 4 : -500], EVENTS[-500:]
+    kinds, asked = [], []
+    for part in parts:
+        await produce(settings, part)
+        result = await trainer.round()
+        kinds.append(result.kind)
+        asked.append(metrics.registry.get_sample_value("crosscurrent_trainer_teacher_asked_events_total"))
+    metrics.close()
+    assert kinds == ["major", "major", "minor"]
+    assert asked[0] == 0 and asked[2] > asked[1] > 5000
+    assert asked[2] - asked[1] < 0.1 * asked[1]
+    value = metrics.registry.get_sample_value
+    assert value("crosscurrent_trainer_teacher_fits_total") == 1
+    assert value("crosscurrent_trainer_teacher_member", {"member": "boosting"}) in (0, 1)
+    assert value("crosscurrent_trainer_teacher_cached_events") == asked[2]
+    files = sorted(path.name for path in (tmp_path / "history" / "teacher").iterdir())
+    assert [name[-14:] for name in files] == ["000000.parquet", "000001.parquet"]
 
 
 @pytest.mark.broker
@@ -294,11 +280,21 @@ async def test_a_broker_that_is_not_there_fails_the_round_and_not_the_program(tm
 
 
 @pytest.mark.broker
-async def test_a_candidate_that_the_gate_refuses_is_not_stored_and_the_reason_is_said(settings):
+async def test_a_candidate_that_the_gate_refuses_is_not_stored_and_the_reason_is_said(settings, monkeypatch):
+    counted = {}
+
+    class Spy(run.Metrics):
+        def observe(self, result):
+            super().observe(result)
+            value = self.registry.get_sample_value
+            counted.update({r: value("crosscurrent_trainer_refusals_total", {"rule": r}) for r in GATE_RULES})
+
+    monkeypatch.setattr(run, "Metrics", Spy)
     await produce(settings, EVENTS)
     slow = settings.trainer.model_copy(update={"p99_budget_ms": 1e-6, "epochs": 1, "enforce": ("better", "p99")})
     (result,) = await run_trainer(settings.model_copy(update={"trainer": slow}), once=True)
     assert result.outcome == "refused" and "ms for 1,024 events, budget 0.00 ms" in result.reason
+    assert counted["p99"] == 1.0 and counted["ece"] == 0.0
     assert result.verdict.limits.draws == settings.trainer.bootstrap_draws
     assert result.log_loss == result.verdict.log_loss.candidate < result.incumbent_log_loss
     assert await announced(settings) is None
