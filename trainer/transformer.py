@@ -829,6 +829,6 @@ def _writer(log_dir: str | Path | None) -> Iterator[Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise ConfigError("log_dir needs TensorBoard: pip install tensorboard, or leave log_dir out") from e
+        raise ConfigError("log_dir needs TensorBoard: pip install 'crosscurrent[teacher]', or leave log_dir out") from e
     with SummaryWriter(str(log_dir)) as writer:
         yield writer
