@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.baselines import BASELINES, DISTIL, PLAIN_DROPOUT, models_of
+from benchmarks.baselines import BASELINES, DISTIL, PLAIN_DROPOUT, asked, models_of
 from benchmarks.cells import Bench, Section, bar, difference, judge, student
 from benchmarks.datasets import VALIDATE
 
@@ -48,10 +48,11 @@ def measure(bench: Bench, quick: bool) -> Section:
 
 def _variants(bench: Bench, teacher_MT: np.ndarray, boosting_MT: np.ndarray) -> dict:
     """Name → what trains it."""
-    taught_M = bench.data.taught_N[bench.examples.index_M]
-    soft_MT = np.where(taught_M[:, None], teacher_MT, np.nan).astype(np.float32)
+    asked_M, early_M = asked(bench), bench.data.taught_N[bench.examples.index_M]
+    soft_MT = np.where(asked_M[:, None], teacher_MT, np.nan).astype(np.float32)
+    early_MT = np.where(early_M[:, None], teacher_MT, np.nan).astype(np.float32)
     anchors_MT = np.where(bench.examples.learn_MT, teacher_MT, np.nan).astype(np.float32)
-    alone_MT = np.where(taught_M[:, None], boosting_MT, np.nan).astype(np.float32)
+    alone_MT = np.where(asked_M[:, None], boosting_MT, np.nan).astype(np.float32)
 
     def variant(key: str, schedule=DISTIL, soft=soft_MT, dropout: float = 0.1):
         return lambda: student(bench, f"ablation-{key}", schedule, soft, dropout)
@@ -62,8 +63,9 @@ def _variants(bench: Bench, teacher_MT: np.ndarray, boosting_MT: np.ndarray) -> 
         "soft weight .5": variant("weight.5", DISTIL._replace(soft_weight=0.5)),
         "soft weight 1": variant("weight1", DISTIL._replace(soft_weight=1.0)),
         "auxiliary heads hear the teacher": variant("auxiliary", DISTIL._replace(way="auxiliary")),
+        "not asked from the first day of validation on": variant("early", soft=early_MT),
         "asked of learned anchors only": variant("anchors", soft=anchors_MT),
-        "stopped early, as without a teacher": variant("early", DISTIL._replace(patience=3)),
+        "stopped early, as without a teacher": variant("patience", DISTIL._replace(patience=3)),
         "dropout .3": variant("dropout.3", dropout=PLAIN_DROPOUT),
         "taught by boosting alone": variant("boosting", soft=alone_MT),
         "the teacher's word shuffled": variant("shuffled", soft=_shuffled(soft_MT, bench.examples.platform_M)),

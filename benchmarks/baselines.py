@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.cells import HORIZONS_S, Bench, by_cell, cached, cells_of, logit, student
-from benchmarks.datasets import TASKS
+from benchmarks.datasets import TASKS, TEST
 from trainer import boosting
 from trainer.fit import Schedule
 from trainer.rates import matured_counts, rate_features
@@ -36,10 +36,22 @@ def models_of(bench: Bench, seeds: range, trials: int) -> tuple[dict[str, list[n
     kept, reasons = choose(bench.examples, members)
     models["teacher"] = [np.mean([members[name] for name in kept], axis=0)]
     models["student"] = [student(bench, "student", PLAIN._replace(seed=s), dropout=PLAIN_DROPOUT) for s in seeds]
-    taught_M1 = bench.data.taught_N[bench.examples.index_M][:, None]
-    soft_MT = np.where(taught_M1, models["teacher"][0], np.nan).astype(np.float32)
+    soft_MT = np.where(asked(bench)[:, None], models["teacher"][0], np.nan).astype(np.float32)
     models["distilled"] = [student(bench, "distilled", DISTIL._replace(seed=s), soft_MT) for s in seeds]
     return models, kept, reasons
+
+
+def asked(bench: Bench) -> np.ndarray:
+    """(M,) bool: events of which the student hears the teacher: from the platform's first day of training to its first of
+    test, whether labels are known or not, as a trainer asks of all that it has seen. The teacher itself has learned from
+    the labels of the training days alone. The student's settings were chosen without the events from validation on."""
+    examples, split_M = bench.examples, bench.data.split_N[bench.examples.index_M]
+    out = np.zeros(len(examples), bool)
+    for row in np.unique(examples.platform_M):
+        of = examples.platform_M == row
+        test_ms = examples.ts_M[of & (split_M == TEST)].min(initial=np.iinfo(np.int64).max)
+        out |= of & (split_M != -2) & (examples.ts_M < test_ms)
+    return out
 
 
 def base_rate(bench: Bench) -> np.ndarray:
