@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.events import BINARY_HEADS, EVENT, KINDS, EventEffect, Explanation, FeatureEffect
-from models.fold import FEATURE_NAMES, FOLDED, N_FEATURES, fold_params, refold_rings
+from models.events import BINARY_HEADS, KINDS, EventEffect, Explanation, FeatureEffect
+from models.fold import FEATURE_NAMES, FOLDED, fold_params
+from models.rebuild import refold
 from models.scorer import Folded, Model, platform_lookup
 from models.state import SIZES
 from models.student import N_LOGITS, Columns, Encoded, Student
@@ -156,18 +157,13 @@ class Explainer:
     def _ring(self, rows: np.ndarray, slots: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
         """→ a, b (N, K, H) of the ring's events as a rebuild has them, 1 and 0 where empty; counts (N,)."""
         hidden, ring = SIZES[self.model.config.size]
-        n = len(slots) * ring
-        features, dt_s = np.zeros((n, N_FEATURES), np.float32), np.zeros(n, np.float32)
-        events = np.zeros(n, EVENT)
-        counts_N = refold_rings(rows, slots, self._params, features, dt_s, events)
-        filled = (np.arange(ring) < counts_N[:, None]).ravel()
-        a, b = torch.ones(n, hidden), torch.zeros(n, hidden)
-        if filled.any():
-            encoded = self._student.encode(self._columns(events[filled], features[filled], dt_s[filled]))
-            at = torch.from_numpy(filled)
-            a[at], b[at] = encoded.a_NH, encoded.b_NH
-        shape = (len(slots), ring, hidden)
-        return a.reshape(shape), b.reshape(shape), counts_N
+        events, features, dt_s, counts_N = refold(rows, slots, self._params)
+        a_NKH, b_NKH = torch.ones(len(slots), ring, hidden), torch.zeros(len(slots), ring, hidden)
+        if len(events):
+            encoded = self._student.encode(self._columns(events, features, dt_s))
+            filled_NK = torch.from_numpy(np.arange(ring) < counts_N[:, None])
+            a_NKH[filled_NK], b_NKH[filled_NK] = encoded.a_NH, encoded.b_NH
+        return a_NKH, b_NKH, counts_N
 
     def _columns(self, events: np.ndarray, features_NF: np.ndarray, dt_s_N: np.ndarray) -> Columns:
         return Columns.of(events, features_NF, dt_s_N, self._platform_of_code[events["platform"]])

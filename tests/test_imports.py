@@ -70,6 +70,7 @@ PUBLIC = {
     ],
     "models.state": ["decode_row", "empty_rows", "encode_row", "row_dtype"],
     "models.fold": ["FoldParams", "fold", "fold_params", "refold_rings", "starts_afresh", "warm"],
+    "models.rebuild": ["Refolded", "refold", "rows_before"],
     "models.explain": ["Effects", "Explainer", "contributions", "without_features", "without_terms"],
     "models.artifact": ["Golden", "Manifest", "list_versions", "load", "load_prior", "publish", "versions", "write_prior"],
     "trainer.run": ["RoundResult", "run_trainer"],
