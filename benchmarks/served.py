@@ -233,8 +233,9 @@ def rebuilding(bench: Bench, logits_of: dict[str, np.ndarray], draws: int) -> Se
         "## State rebuilt from the ring",
         "",
         f"The whole history is served through rows and scorer, event by event; live macro AUC {macro:.4f}. The row's `h` is "
-        "thrown away, so that the scorer rebuilds it from the ring of 16 events. A ring keeps neither the features that its "
-        "events had nor quantities: *truncated* has both and lacks only what is older.",
+        "thrown away, so that the scorer rebuilds it: the ring of 16 events, folded on what the row says that it was before "
+        "them (`models/rebuild.py`). The features that they had are lost in serving: that line is what a cut history alone "
+        "costs.",
         "",
         "| `h` | AUC − live, macro | log-loss − live, macro | mean change of a logit |",
         "|---|---|---|---|",
