@@ -745,9 +745,23 @@ def measure(bench: Bench, quick: bool) -> Section:
     ]
     if not quick:
         parts += [
-            fairness(bench, {"distilled": models["distilled"]}, draws),
+            fairness(bench, weighted(bench, models["distilled"], soft_MT, quality.DISTIL), draws),
             cadences(bench, draws),
         ]
     bars = {name: one for part in parts for name, one in part.bars.items()}
     figures = {name: one for part in parts for name, one in part.figures.items()}
     return Section(bars, figures, "\n\n".join(["# The student as it is served", *(part.text for part in parts)]))
+
+
+def weighted(bench: Bench, distilled_MT: np.ndarray, soft_MT: np.ndarray, schedule: Schedule) -> dict[str, np.ndarray]:
+    """Name → (M, T) logits: the distilled student, and the same under group weights."""
+    found = groups.groups_of(bench.examples)
+    weights = {
+        "by frequency": groups.by_frequency(bench.examples, found),
+        "by loss": groups.by_loss(bench.examples, found, distilled_MT),
+    }
+    out = {"unweighted": distilled_MT}
+    for name, weight_M in weights.items():
+        kept = trained(bench, f"served_{name.replace(' ', '_')}", schedule, soft_MT=soft_MT, weight_M=weight_M)
+        out[name] = logits(kept.network, bench.examples, np.arange(len(bench.examples)))
+    return out
