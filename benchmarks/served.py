@@ -230,7 +230,7 @@ def rebuilding(bench: Bench, logits_of: dict[str, np.ndarray], draws: int) -> Se
         )
     }
     lines = [
-        "## State rebuilt from the ring",
+        "### State rebuilt from the ring",
         "",
         f"The whole history is served through rows and scorer, event by event; live macro AUC {macro:.4f}. The row's `h` is "
         "thrown away, so that the scorer rebuilds it: the ring of 16 events, folded on what the row says that it was before "
@@ -325,7 +325,7 @@ def cold_start(bench: Bench, models: dict[str, np.ndarray], draws: int) -> Secti
     p = {name: probabilities(bench, models[name]) for name in SHOWN}
     found = {name: sliced(bench, p, mask_M, draws) for name, mask_M in slices_of(bench).items()}
     lines = [
-        "## Cold start and new users",
+        "### Cold start and new users",
         "",
         f"Test anchors of a slice; a cell with fewer than {LEAST} of them, or {LEAST_OF_A_CLASS} of either outcome, is left "
         "out. Cells are AUC / log-loss. taobao's anchors have at least four buys behind them, so none of its users is cold.",
@@ -333,7 +333,7 @@ def cold_start(bench: Bench, models: dict[str, np.ndarray], draws: int) -> Secti
     for name, cells in found.items():
         if name == "all anchors":
             continue
-        lines += ["", f"### {name[0].upper()}{name[1:]}", ""]
+        lines += ["", f"#### {name[0].upper()}{name[1:]}", ""]
         if not cells:
             lines.append("No cell has enough of them.")
             continue
@@ -393,7 +393,7 @@ def explanations(bench: Bench, kept: Kept, at_A: np.ndarray, rows_A: np.ndarray,
     }
     mean = figures["mean_effect"]
     lines = [
-        "## Explanations",
+        "### Explanations",
         "",
         f"`worker.explain = n` adds to each score the n events and features whose deletion moves a head's log-odds most "
         f"(`models/explain.py`): exact for the linear recurrence with its gates as they were. {len(at):,} test anchors, "
@@ -547,7 +547,7 @@ def compression(bench: Bench, kept: Kept, models: dict[str, np.ndarray], draws: 
     finally:
         torch.set_num_threads(threads)
     lines = [
-        "## Compression",
+        "### Compression",
         "",
         "The distilled student at other precisions, without retraining. Time: encode, scan and heads of 4,096 events in "
         f"one batch on one core, {repetitions} repetitions in turn, median [least, greatest], and the median of the ratios "
@@ -631,7 +631,7 @@ def fairness(bench: Bench, models: dict[str, np.ndarray], draws: int) -> Section
     first, *weighted = models
     figures: dict = {"macro": {}, "worst": {}}
     lines = [
-        "## The worst slice, and group weights",
+        "### The worst slice, and group weights",
         "",
         "Slices of each cell's test anchors by platform, activity (events behind the anchor) and price band (the user's "
         f"mean price, thirds within the platform); at least {LEAST} anchors and {LEAST_OF_A_CLASS} of either outcome. "
@@ -701,7 +701,7 @@ def cadences(bench: Bench, draws: int) -> Section:
     }
     stays = refreshed["minor"].model.recurrence_id == base.model.recurrence_id
     lines = [
-        "## Cadences",
+        "### Cadences",
         "",
         f"An undistilled student of the first {FIRST_PART:.0%} of each platform's training days ({_learned(first):,} "
         f"anchors), then refreshed with all of them ({_learned(bench.examples):,}): *minor* trains heads, tables and "
@@ -750,7 +750,7 @@ def measure(bench: Bench, quick: bool) -> Section:
         ]
     bars = {name: one for part in parts for name, one in part.bars.items()}
     figures = {name: one for part in parts for name, one in part.figures.items()}
-    return Section(bars, figures, "\n\n".join(["# The student as it is served", *(part.text for part in parts)]))
+    return Section(bars, figures, "\n\n".join(["## The student as it is served", *(part.text for part in parts)]))
 
 
 def weighted(bench: Bench, distilled_MT: np.ndarray, soft_MT: np.ndarray, schedule: Schedule) -> dict[str, np.ndarray]:
