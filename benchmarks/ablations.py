@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.baselines import BASELINES, DISTIL, PLAIN_DROPOUT, asked, models_of
+from benchmarks.baselines import BASELINES, DISTIL, PLAIN_DROPOUT, heard, models_of
 from benchmarks.cells import Bench, Section, bar, difference, judge, student
 from benchmarks.datasets import VALIDATE
 
@@ -48,11 +48,10 @@ def measure(bench: Bench, quick: bool) -> Section:
 
 def _variants(bench: Bench, teacher_MT: np.ndarray, boosting_MT: np.ndarray) -> dict:
     """Name → what trains it."""
-    asked_M, early_M = asked(bench), bench.data.taught_N[bench.examples.index_M]
-    soft_MT = np.where(asked_M[:, None], teacher_MT, np.nan).astype(np.float32)
+    early_M = bench.data.taught_N[bench.examples.index_M]
+    soft_MT, alone_MT = heard(bench, teacher_MT), heard(bench, boosting_MT)
     early_MT = np.where(early_M[:, None], teacher_MT, np.nan).astype(np.float32)
     anchors_MT = np.where(bench.examples.learn_MT, teacher_MT, np.nan).astype(np.float32)
-    alone_MT = np.where(asked_M[:, None], boosting_MT, np.nan).astype(np.float32)
 
     def variant(key: str, schedule=DISTIL, soft=soft_MT, dropout: float = 0.1):
         return lambda: student(bench, f"ablation-{key}", schedule, soft, dropout)

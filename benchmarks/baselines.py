@@ -36,7 +36,7 @@ def models_of(bench: Bench, seeds: range, trials: int) -> tuple[dict[str, list[n
     kept, reasons = choose(bench.examples, members)
     models["teacher"] = [np.mean([members[name] for name in kept], axis=0)]
     models["student"] = [student(bench, "student", PLAIN._replace(seed=s), dropout=PLAIN_DROPOUT) for s in seeds]
-    soft_MT = np.where(asked(bench)[:, None], models["teacher"][0], np.nan).astype(np.float32)
+    soft_MT = heard(bench, models["teacher"][0])
     models["distilled"] = [student(bench, "distilled", DISTIL._replace(seed=s), soft_MT) for s in seeds]
     return models, kept, reasons
 
@@ -52,6 +52,11 @@ def asked(bench: Bench) -> np.ndarray:
         test_ms = examples.ts_M[of & (split_M == TEST)].min(initial=np.iinfo(np.int64).max)
         out |= of & (split_M != -2) & (examples.ts_M < test_ms)
     return out
+
+
+def heard(bench: Bench, logits_MT: np.ndarray) -> np.ndarray:
+    """(M, T) float32: what a student hears of a teacher's logits; NaN where it is not asked."""
+    return np.where(asked(bench)[:, None], logits_MT, np.nan).astype(np.float32)
 
 
 def base_rate(bench: Bench) -> np.ndarray:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks import ablations, datasets, plots
+from benchmarks import ablations, datasets, plots, served
 from benchmarks.baselines import BASELINES, models_of
 from benchmarks.cells import (
     Bench,
@@ -59,7 +59,10 @@ FIGURES = {
     "refreshed_predicted_over_actual": "Predicted over actual, calibrated anew",
     "f1_at_0.5": "F1 at probability .5",
 }
-SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {"ablations": ablations.measure}
+SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {
+    "ablations": ablations.measure,
+    "served": served.measure,
+}
 """Name → `measure(bench, quick)`: what the main table does not hold, each a module of its own beside this one."""
 
 

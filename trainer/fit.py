@@ -142,6 +142,7 @@ class _Targets(NamedTuple):
     soft_MT: Tensor | None
     """The teacher's probabilities at the temperature; 0 where it was not asked."""
     asked_MT: Tensor | None
+    weight_M: Tensor | None
 
 
 def fit(
@@ -152,12 +153,14 @@ def fit(
     schedule: Schedule,
     *,
     soft_MT: np.ndarray | None = None,
+    weight_M: np.ndarray | None = None,
     check: Check = lambda: None,
     progress: Progress = lambda share: None,
 ) -> Fitted:
     """Trains `parameters` and leaves what is kept of them in the network. `q_MG`: what each component of the category
-    mixture gives to the category that came next. `soft_MT`: the teacher's logits, NaN where it was not asked. The same
-    seed, examples and parameters give the same result."""
+    mixture gives to the category that came next. `soft_MT`: the teacher's logits, NaN where it was not asked. `weight_M`:
+    how much each example counts beside its platform's weight (None: 1). The same seed, examples and parameters give the
+    same result."""
     rng = np.random.default_rng(schedule.seed)
     sequences = _sequences(examples, soft_MT)
     total = int(sequences.length_U.sum()) * schedule.epochs
@@ -166,7 +169,7 @@ def fit(
     optimiser = optimiser_of(parameters)
     average = [p.detach().clone() for p in parameters]
     weight_P = torch.from_numpy(platform_weights(examples, len(network.student.config.platforms)))
-    targets = _targets(examples, q_MG, soft_MT, schedule.temperature)
+    targets = _targets(examples, q_MG, soft_MT, weight_M, schedule.temperature)
     best, best_epoch, best_loss = None, 0, float("inf")
     step, losses = 0, []
     for epoch in range(1, schedule.epochs + 1):
@@ -240,7 +243,9 @@ def logits(network: Network, examples: Examples, at: np.ndarray) -> np.ndarray:
     return np.concatenate(out)
 
 
-def _targets(examples: Examples, q_MG: np.ndarray, soft_MT: np.ndarray | None, temperature: float) -> _Targets:
+def _targets(
+    examples: Examples, q_MG: np.ndarray, soft_MT: np.ndarray | None, weight_M: np.ndarray | None, temperature: float
+) -> _Targets:
     soft = asked = None
     if soft_MT is not None:
         asked = torch.from_numpy(~np.isnan(soft_MT))
@@ -252,6 +257,7 @@ def _targets(examples: Examples, q_MG: np.ndarray, soft_MT: np.ndarray | None, t
         torch.from_numpy(examples.learn_next_M),
         soft,
         asked,
+        None if weight_M is None else torch.from_numpy(np.asarray(weight_M, np.float32)),
     )
 
 
@@ -277,6 +283,8 @@ def _loss(
     at = torch.from_numpy(part.at)
     own = Columns(*(column[at] for column in columns))
     weight_N1 = weight_P[own.platform_N][:, None]
+    if targets.weight_M is not None:
+        weight_N1 = weight_N1 * targets.weight_M[at][:, None]
     shown_N = own.platform_N.masked_fill(torch.from_numpy(part.stranger), 0)
     logits_NT, gates_NG, hear_NT = network(own._replace(platform_N=shown_N), torch.from_numpy(part.starts))
     loss = _mean_loss(logits_NT, targets.y_MT[at], targets.learn_MT[at] * weight_N1)

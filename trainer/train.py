@@ -58,13 +58,15 @@ def train(
     prior_logits_3: np.ndarray,
     incumbent: Model | None = None,
     soft_MT: np.ndarray | None = None,
+    weight_M: np.ndarray | None = None,
     dropout: float = 0.1,
     check: Check = lambda: None,
     progress: Progress = lambda share: None,
 ) -> Trained:
     """A model of `examples`. With an `incumbent` (whose student has the same `config`) a minor one: its recurrence stays
     as it is, bit for bit. `prior_logits_3`: what to say of a head of which nothing is known yet. `soft_MT`: the teacher's
-    logits, NaN where it was not asked. The same seed and examples give the same model."""
+    logits, NaN where it was not asked. `weight_M`: how much each example counts beside its platform's weight (None: 1).
+    The same seed and examples give the same model."""
     torch.manual_seed(schedule.seed)
     if incumbent is None:
         student = Student(config, dropout)
@@ -82,7 +84,9 @@ def train(
         for parameter in parameters:
             parameter.requires_grad_(True)
     table, q_MG = _category_targets(examples, category_names, len(config.platforms))
-    fitted = fit(network, parameters, examples, q_MG, schedule, soft_MT=soft_MT, check=check, progress=progress)
+    fitted = fit(
+        network, parameters, examples, q_MG, schedule, soft_MT=soft_MT, weight_M=weight_M, check=check, progress=progress
+    )
     network.eval().requires_grad_(False)
     model = Model(
         version="candidate",
