@@ -273,7 +273,7 @@ def test_users_shown_as_strangers_train_what_unknown_platforms_and_items_use(arg
 def test_the_next_item_loss_is_that_of_the_whole_softmax(examples, loud, monkeypatch):
     monkeypatch.setattr(transformer_fit, "NEGATIVES", 200_000)
     torch.manual_seed(0)
-    seen_M = transformer_fit._seen(examples)
+    seen_M = transformer_fit.seen(examples)
     run = transformer_fit._Run(loud.network, examples, make_offsets(examples), None, SCHEDULE, seen_M, lambda: None)
     at_N = torch.arange(len(examples))
     query_NI, of_N = torch.randn(len(examples), loud.network.config.item_dim), run.next_weight_M > 0
@@ -407,7 +407,7 @@ def test_a_warm_start_copies_what_fits(examples, loud):
     own = dataclasses.replace(examples, tasks=config.tasks, **fields)
     before = weights(loud)
     schedule = SCHEDULE._replace(epochs=0)
-    cold, seen_M = fit_transformer(own, offsets_MT, config, schedule).network, transformer_fit._seen(own)
+    cold, seen_M = fit_transformer(own, offsets_MT, config, schedule).network, transformer_fit.seen(own)
     warm = transformer.Transformer(config, transformer_fit._vocabulary(own, seen_M, config))
     fresh = warm.item.weight.detach().clone()
     warm.start_from(loud.network)

@@ -27,8 +27,8 @@ from trainer.examples import Check, Examples, check_loss
 STEPS = 160
 """Batches are made smaller than `batch_events` where there would be fewer steps than this."""
 LEAST_BATCH = 512
-CUT = 1 / 128
-"""Chance, at each event, that `h` starts from zero there: it often does in serving, after a rebuild from the ring."""
+CUT = 1 / 16
+"""Chance, at each event, that `h` starts from zero there, so that a state rebuilt from the ring is as good as a live one."""
 STRANGER = 0.05
 """Share of users that an epoch shows as being on a platform that the model does not know."""
 CATEGORY_WEIGHT = 0.2
@@ -100,14 +100,22 @@ class _Sequences(NamedTuple):
 
 
 def _sequences(examples: Examples, soft_MT: np.ndarray | None) -> _Sequences:
+    of_user = np.flatnonzero(np.r_[True, examples.user_M[1:] != examples.user_M[:-1]][: len(examples)])
+    length_U = np.add.reduceat(seen(examples, soft_MT), of_user, dtype=np.int64) if len(of_user) else np.empty(0, np.int64)
+    return _Sequences(of_user[length_U > 0], length_U[length_U > 0])
+
+
+def seen(examples: Examples, soft_MT: np.ndarray | None = None) -> np.ndarray:
+    """(M,) bool: events up to their user's last one to learn something from, a label or what the teacher says. What
+    training counts, standardises by and predicts lies there, so that nothing later is looked at."""
     learns_M = examples.learn_MT.any(axis=1) | examples.learn_next_M
     if soft_MT is not None:
         learns_M = learns_M | ~np.isnan(soft_MT).all(axis=1)
-    of_user = np.flatnonzero(np.r_[True, examples.user_M[1:] != examples.user_M[:-1]][: len(examples)])
-    label_at_M = np.where(learns_M, np.arange(len(examples)), -1)
-    last_U = np.maximum.reduceat(label_at_M, of_user) if len(of_user) else np.empty(0, np.int64)
-    trains_U = last_U >= 0
-    return _Sequences(of_user[trains_U], (last_U - of_user + 1)[trains_U])
+    user_M = examples.user_M[::-1]
+    # Read backwards, a user's events are seen from the first to learn from on.
+    of_user_M = np.cumsum(np.r_[True, user_M[1:] != user_M[:-1]][: len(user_M)])
+    latest_M = np.maximum.accumulate(np.where(learns_M[::-1], of_user_M, 0))
+    return (latest_M == of_user_M)[::-1]
 
 
 class _Batch(NamedTuple):

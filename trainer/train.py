@@ -26,7 +26,7 @@ from models.events import BINARY_HEADS
 from models.scorer import Model, identity_calibration
 from models.student import N_GATES, Student, StudentConfig
 from trainer.examples import Check, Examples
-from trainer.fit import Fitted, Network, Progress, Schedule, fit, logits, of_users_with
+from trainer.fit import Fitted, Network, Progress, Schedule, fit, logits, of_users_with, seen
 
 LEAST_ANCHORS, LEAST_OF_A_CLASS = 200, 20
 """A platform × head with fewer matured anchors, or fewer of either outcome, gets its base rate and no more."""
@@ -70,7 +70,10 @@ def train(
     torch.manual_seed(schedule.seed)
     if incumbent is None:
         student = Student(config, dropout)
-        student.fit_normalisation(examples.columns.features_NF.numpy(), examples.platform_M)
+        seen_M = seen(examples, soft_MT)
+        if not seen_M.any():
+            seen_M[:] = True
+        student.fit_normalisation(examples.columns.features_NF.numpy()[seen_M], examples.platform_M[seen_M])
     else:
         student = copy.deepcopy(incumbent.student)
     network = Network(student, len(examples.tasks), auxiliary=soft_MT is not None and schedule.way == "auxiliary")

@@ -42,6 +42,7 @@ from trainer.fit import (
     optimiser_of,
     platform_weights,
     put,
+    seen,
 )
 from trainer.transformer import Text, Tokens, Transformer, TransformerConfig, Windows, batches, price_buckets, windows
 
@@ -223,7 +224,7 @@ def fit_transformer(
     device = torch.device(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(schedule.seed)
-        seen_M = _seen(examples)
+        seen_M = seen(examples)
         network = Transformer(config, _vocabulary(examples, seen_M, config))
         network.fit_inputs(examples.columns.features_NF.numpy()[seen_M], examples.platform_M[seen_M])
         if warm_start is not None:
@@ -232,16 +233,6 @@ def fit_transformer(
         run = _Run(network, examples, offsets_MT, text, schedule, seen_M, check)
         with _writer(log_dir if run.ranks.rank == 0 else None) as writer:
             return run.to_the_end(warm_start is not None, progress, writer, Path(checkpoint) if checkpoint else None)
-
-
-def _seen(examples: Examples) -> np.ndarray:
-    """(M,) bool: events up to their user's last one to learn from. What is counted and predicted is counted there."""
-    learns_M = examples.learn_MT.any(axis=1) | examples.learn_next_M
-    user_M = examples.user_M[::-1]
-    # Read backwards, a user's events are seen from the first to learn from on.
-    of_user_M = np.cumsum(np.r_[True, user_M[1:] != user_M[:-1]][: len(user_M)])
-    latest_M = np.maximum.accumulate(np.where(learns_M[::-1], of_user_M, 0))
-    return (latest_M == of_user_M)[::-1]
 
 
 def _vocabulary(examples: Examples, seen_M: np.ndarray, config: TransformerConfig) -> np.ndarray:
