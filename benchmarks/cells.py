@@ -31,6 +31,9 @@ from trainer.examples import Examples, examples_of, folded, replay
 from trainer.fit import Schedule, logits
 from trainer.train import affine, train
 
+HORIZONS_S = {"click": 1800.0, "purchase": datasets.DAY_S, **datasets.RETURNS_S}
+REFRESHES = 20
+"""Parts of the test's time, each calibrated anew."""
 HEADS_OF = {
     platform: tuple(
         head
@@ -165,7 +168,8 @@ def logit(p):
 
 def judge(bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: int = TEST) -> dict[tuple[str, str], dict]:
     """Cell → n, users, base rate, and for each model (a list of seeds) the mean over seeds of each figure, with draws of AUC
-    and log-loss. Probabilities are calibrated on the validation anchors, platform by platform and task by task."""
+    and log-loss. Probabilities are calibrated on the validation anchors, platform by platform and task by task; figures
+    named `refreshed_…` are of probabilities that `refreshed` calibrates again and again, as the trainer's rounds do."""
     examples = bench.examples
     out = {}
     split_M, anchor_M = bench.data.split_N[examples.index_M], bench.data.anchor_N[examples.index_M]
@@ -174,20 +178,39 @@ def judge(bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: i
         at, check = np.flatnonzero(here & (split_M == part)), np.flatnonzero(here & (split_M == VALIDATE))
         y, user = examples.y_MT[at, task], examples.user_M[at]
         resamples = metrics.Resamples(user, draws)
+        horizon_ms = int(1000 * HORIZONS_S[name])
         cell = {"n": len(at), "users": len(np.unique(user)), "base_rate": float(y.mean()), "models": {}}
         for model, seeds in models.items():
             figures = []
             for logits_MT in seeds:
                 z = logits_MT[at, task]
                 slope, offset = affine(logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0))
-                figures.append(_figures(y, z, 1 / (1 + np.exp(-(slope * z + offset))), user, resamples))
+                later = refreshed(logits_MT[:, task], examples.y_MT[:, task], examples.ts_M, check, at, horizon_ms)
+                figures.append(_figures(y, z, 1 / (1 + np.exp(-(slope * z + offset))), later, user, resamples))
             cell["models"][model] = {key: np.mean([each[key] for each in figures], axis=0) for key in figures[0]}
         out[platform, name] = cell
     return out
 
 
-def _figures(y, z, p, user, resamples: metrics.Resamples) -> dict:
-    losses = metrics.log_losses(y, p)
+def refreshed(z_M, y_M, ts_M, check: np.ndarray, at: np.ndarray, horizon_ms: int) -> np.ndarray:
+    """(len(at),) probabilities of the events `at`, calibrated as they would have been served: the test's time is cut into
+    REFRESHES parts of equal length, and each is calibrated on the newest anchors whose label had matured when it began, as
+    many as there are in `check` (positions of the validation anchors)."""
+    anchors = np.concatenate([check, at])
+    anchors = anchors[np.argsort(ts_M[anchors], kind="stable")]
+    begins = np.linspace(ts_M[at].min(), ts_M[at].max(), REFRESHES, endpoint=False)
+    part = np.searchsorted(begins, ts_M[at], side="right") - 1
+    out = np.empty(len(at))
+    for index, begin in enumerate(begins):
+        known = anchors[ts_M[anchors] + horizon_ms <= begin][-len(check) :]
+        slope, offset = affine(z_M[known], y_M[known], (1.0, 0.0))
+        out[part == index] = 1 / (1 + np.exp(-(slope * z_M[at[part == index]] + offset)))
+    return out
+
+
+def _figures(y, z, p, later, user, resamples: metrics.Resamples) -> dict:
+    """`p`: calibrated once; `later`: by `refreshed`."""
+    losses, later_losses = metrics.log_losses(y, p), metrics.log_losses(y, later)
     at_half = metrics.at_threshold(y, p, 0.5)
     return {
         "auc": metrics.auc(y, z),
@@ -198,8 +221,19 @@ def _figures(y, z, p, user, resamples: metrics.Resamples) -> dict:
         "log_loss_draws": resamples.mean(losses),
         "ece": metrics.ece(y, p),
         "predicted_over_actual": metrics.predicted_over_actual(y, p),
+        "refreshed_curve": _curve(y, later),
+        "refreshed_log_loss": float(later_losses.mean()),
+        "refreshed_log_loss_draws": resamples.mean(later_losses),
+        "refreshed_ece": metrics.ece(y, later),
+        "refreshed_predicted_over_actual": metrics.predicted_over_actual(y, later),
         **{f"{name}_at_0.5": value for name, value in at_half._asdict().items()},
     }
+
+
+def _curve(y, p, bins: int = 15) -> np.ndarray:
+    """(2, bins): mean prediction and share that came true, in bins of equal mass."""
+    parts = np.array_split(np.argsort(p, kind="stable"), bins)
+    return np.array([[values[part].mean() for part in parts] for values in (p, y)])
 
 
 def difference(cells: dict, ours: str, theirs: str | tuple[str, ...], figure: str = "auc") -> metrics.Interval:

@@ -105,6 +105,9 @@ class WorkerConfig(_Section):
     """`auto`, `cpu` or `cuda[:n]`."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Torch threads."""
+    explain: Annotated[int, Field(ge=0, le=16)] = 0
+    """Events and features that each score's `explain` names, for each head; 0: no explanations, which are many times the
+    work of a score (`benchmarks/QUALITY.md` says how many)."""
 
 
 class StoreConfig(_Section):

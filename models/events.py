@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 import xxhash
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 SCORE_SCHEMA = 1
 """Version of the score record. Fields are only ever added within a version."""
@@ -77,6 +77,36 @@ class Probabilities(msgspec.Struct, kw_only=True, gc=False):
     return_: Probability | None = msgspec.field(name="return")
 
 
+class EventEffect(msgspec.Struct, kw_only=True, gc=False):
+    """One of the user's last events, and what the head's log-odds would lose without what it wrote into the state."""
+
+    back: Annotated[int, Meta(ge=0)]
+    """Places from the newest event that the row keeps: 0 is the newest."""
+    kind: Kind
+    age_s: Annotated[float, Meta(ge=0.0)]
+    """Seconds from it to the event scored."""
+    effect: float
+    """Log-odds with it less log-odds without it."""
+
+
+class FeatureEffect(msgspec.Struct, kw_only=True, gc=False):
+    """A rolling feature, and what the head's log-odds would lose were it its platform's mean."""
+
+    name: str
+    """Of models/fold.py."""
+    effect: float
+
+
+class Explanation(msgspec.Struct, kw_only=True, gc=False):
+    """What moved one head's log-odds most, greatest first. Effects are of one deletion each; they do not add up."""
+
+    head: Literal["click", "purchase", "return"]
+    events: list[EventEffect]
+    older: float
+    """Effect of all that the state holds beside the events that the row keeps."""
+    features: list[FeatureEffect]
+
+
 class ScoreRecord(msgspec.Struct, kw_only=True, gc=False):
     """One score. Key: `user`. At least one for every accepted event; a repeat has the same `event_id`."""
 
@@ -101,6 +131,9 @@ class ScoreRecord(msgspec.Struct, kw_only=True, gc=False):
     """True while the user has at most 3 folded events."""
     degraded: bool
     """True where something less than a published model made the score (the prior)."""
+    explain: list[Explanation] | UnsetType = UNSET
+    """One for each head that has a probability; absent unless the worker's setting `explain` asks for it, and where a
+    model of constants made the score."""
 
 
 class DeadLetter(msgspec.Struct, kw_only=True):

@@ -29,9 +29,10 @@ from numba import njit
 
 from models.categories import CategoryTable, take_view, view_dtype
 from models.config import FoldConfig
-from models.events import EVENT, platform_code
-from models.fold import DUPLICATE, FOLDED, N_FEATURES, fold, fold_params, refold_rings, starts_afresh
-from models.state import SIZES, row_dtype
+from models.events import platform_code
+from models.fold import DUPLICATE, FOLDED, N_FEATURES, fold, fold_params, starts_afresh
+from models.rebuild import refold
+from models.state import row_dtype
 from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_scan
 
 __all__ = ["CategoryTable", "Model", "Scorer", "Scores", "fold_with_views", "identity_calibration", "platform_lookup"]
@@ -213,21 +214,16 @@ class Scorer:
 
     @torch.inference_mode()
     def _rebuild(self, rows: np.ndarray, slots: np.ndarray) -> None:
-        hidden, ring = SIZES[self.model.config.size]
-        n = len(slots) * ring
-        features_NF, dt_s_N = np.zeros((n, N_FEATURES), np.float32), np.zeros(n, np.float32)
-        events_N = np.zeros(n, EVENT)
-        counts = refold_rings(rows, slots, self._params, features_NF, dt_s_N, events_N)
-        filled_N = (np.arange(ring) < counts[:, None]).ravel()
-        h_UH = np.zeros((len(slots), hidden), np.float32)
-        if filled_N.any():
-            events_N = events_N[filled_N]
-            columns = self._columns(events_N, features_NF[filled_N], dt_s_N[filled_N])
-            encoded = self._student.encode(columns)
-            starts_N = torch.from_numpy((np.arange(n) % ring == 0)[filled_N]).to(self.device)
-            h_NH = linear_scan(encoded.a_NH, encoded.b_NH, starts_N).cpu().numpy()
-            some = counts > 0
-            h_UH[some] = h_NH[np.cumsum(counts)[some] - 1]
+        refolded = refold(rows, slots, self._params)
+        counts = refolded.counts
+        h_UH = np.zeros((len(slots), self.model.config.hidden), np.float32)
+        if len(refolded.events):
+            encoded = self._student.encode(self._columns(refolded.events, refolded.features, refolded.dt_s))
+            ends = np.cumsum(counts)
+            starts_N = np.zeros(len(refolded.events), bool)
+            starts_N[(ends - counts)[counts > 0]] = True
+            h_NH = linear_scan(encoded.a_NH, encoded.b_NH, torch.from_numpy(starts_N).to(self.device)).cpu().numpy()
+            h_UH[counts > 0] = h_NH[ends[counts > 0] - 1]
         rows["h"][slots] = h_UH
         rows["h_version"][slots] = self._recurrence_id
 

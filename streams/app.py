@@ -252,6 +252,7 @@ class Worker:
                 dead_letters_topic=topics.dead_letters,
                 partitions=topics.partitions,
                 heads={platform.name: platform.heads for platform in self.platforms},
+                explain=settings.worker.explain,
             )
             channel = self.app.topic(topics.events, schema=BatchSchema(), partitions=topics.partitions)
             self.app.agent(channel, name="score")(self._score_agent)

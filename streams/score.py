@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from faust.types import TP
+from msgspec import UNSET
 
 from models.errors import CrosscurrentError, EventRefused
-from models.events import HEADS, SCORE_SCHEMA, CanonicalEvent, Probabilities, ScoreRecord, platform_code
+from models.events import HEADS, SCORE_SCHEMA, CanonicalEvent, Explanation, Probabilities, ScoreRecord, platform_code
+from models.explain import Explainer
 from models.fold import DUPLICATE, FEATURE_NAMES, TOO_LATE
-from models.scorer import Scores
+from models.scorer import Scorer, Scores
 from streams.arena import Arena
 from streams.codec import columns, decode_events, encode_json
 from streams.commit import NO_HEADERS, Committer, KillSwitch, Outgoing, Sender
@@ -40,6 +42,16 @@ def is_cold(features_NF: np.ndarray) -> np.ndarray:
     return features_NF[:, _LOG_EVENTS] < np.log1p(COLD_EVENTS + 0.5)
 
 
+def one_a_user(slots: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions (ascending) of each user's first event, then of each one's second, and so on: all of `slots` (N,)."""
+    order = np.argsort(slots, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(slots[order]) != 0])
+    rank = np.empty(len(slots), np.int64)
+    rank[order] = np.arange(len(slots)) - np.repeat(starts, np.diff(np.r_[starts, len(slots)]))
+    for nth in range(int(rank.max()) + 1):
+        yield np.flatnonzero(rank == nth)
+
+
 class ScoreStage:
     """One micro-batch at a time: `process` names the whole path."""
 
@@ -56,8 +68,10 @@ class ScoreStage:
         dead_letters_topic: str,
         partitions: int,
         heads: Mapping[str, tuple[str, ...]],
+        explain: int = 0,
     ) -> None:
-        """`heads`: what each platform can have, from its file; a platform without a file can have what the model has."""
+        """`heads`: what each platform can have, from its file; a platform without a file can have what the model has.
+        `explain`: how many events and features each score names; 0: none."""
         self._arena = arena
         self._feed = feed
         self._sender = sender
@@ -67,6 +81,8 @@ class ScoreStage:
         self._scores_topic = scores_topic
         self._dead_letters_topic = dead_letters_topic
         self._partitions = partitions
+        self._explain = explain
+        self._explainer: Explainer | None = None
         self._can_have = np.ones((1 << 16, len(HEADS)), np.bool_)
         for platform, those in heads.items():
             self._can_have[platform_code(platform)] = [head in those for head in HEADS]
@@ -85,10 +101,10 @@ class ScoreStage:
             batch = columns(events, [record.offset for record in good])
         sends = self._send_refused(refused)
         if events:
-            scores, cold, status = self._fold_and_score(tp.partition, batch, [record.key for record in good])
+            scores, cold, status, reasons = self._fold_and_score(tp.partition, batch, [record.key for record in good])
             with stage["encode"].time():
                 now_ms = int(time.time() * 1000)
-                out, received_ms = self._encode(events, good, scores, cold, status, now_ms)
+                out, received_ms = self._encode(events, good, scores, cold, status, reasons, now_ms)
             self._kill("after_fold")
             if out:
                 with stage["send"].time():
@@ -110,18 +126,44 @@ class ScoreStage:
                 "events between, lengthen topics.events_retention_h"
             )
 
-    def _fold_and_score(self, partition: int, batch: np.ndarray, keys: list[bytes]) -> tuple[Scores, Any, np.ndarray]:
+    def _fold_and_score(self, partition: int, batch: np.ndarray, keys: list[bytes]) -> tuple[Scores, Any, np.ndarray, list]:
+        """→ scores, cold, status, reasons (UNSET, or a list, for each event)."""
         arena = self._arena
         with self._metrics.stage["slots"].time():
             slots = arena.slots(partition, keys)
         scorer = self._feed.current
+        if self._explain and scorer.model.student is not None:
+            with self._metrics.stage["score"].time():
+                arena.mark_dirty(slots)
+                return self._score_and_explain(scorer, slots, batch)
         with self._metrics.stage["fold"].time():
             folded = scorer.fold(arena.rows, slots, batch)
             arena.mark_dirty(slots)
         with self._metrics.stage["score"].time():
             scores = scorer.score(arena.rows, slots, batch, *folded)
         self._mask(scores, self._can_have[batch["platform"]])
-        return scores, is_cold(folded.features), folded.status
+        return scores, is_cold(folded.features), folded.status, [UNSET] * len(batch)
+
+    def _score_and_explain(
+        self, scorer: Scorer, slots: np.ndarray, batch: np.ndarray
+    ) -> tuple[Scores, np.ndarray, np.ndarray, list[list[Explanation]]]:
+        """The same scores, each user's events one after another: a row can only be explained as it is."""
+        rows = self._arena.rows
+        if self._explainer is None or self._explainer.model is not scorer.model:
+            self._explainer = Explainer(scorer.model)
+        places, parts, reasons = [], [], [[] for _ in batch]
+        for at in one_a_user(slots):
+            folded = scorer.fold(rows, slots[at], batch[at])
+            scores = scorer.score(rows, slots[at], batch[at], *folded)
+            self._mask(scores, self._can_have[batch["platform"][at]])
+            explained = self._explainer.explain(rows, slots[at], batch[at], folded, scores.p_N3, self._explain)
+            for i, why in zip(at.tolist(), explained, strict=True):
+                reasons[i] = why
+            places.append(at)
+            parts.append((*scores, is_cold(folded.features), folded.status))
+        order = np.argsort(np.concatenate(places))
+        *scores, cold, status = (np.concatenate(column)[order] for column in zip(*parts, strict=True))
+        return Scores(*scores), cold, status, reasons
 
     def _mask(self, scores: Scores, can_have_N4: np.ndarray) -> None:
         """Nulls the heads that a platform cannot have: the prior and a model that does not know it answer them all."""
@@ -131,7 +173,14 @@ class ScoreStage:
         scores.shift_N[without] = np.nan
 
     def _encode(
-        self, events: list[CanonicalEvent], records: list[Any], scores: Scores, cold: Any, status: np.ndarray, now_ms: int
+        self,
+        events: list[CanonicalEvent],
+        records: list[Any],
+        scores: Scores,
+        cold: Any,
+        status: np.ndarray,
+        reasons: list[Any],
+        now_ms: int,
     ) -> tuple[list[Outgoing], np.ndarray]:
         """→ (score record of every event that is no duplicate, the Kafka times (ms) of those events)."""
         model = self._feed.current.model
@@ -145,8 +194,8 @@ class ScoreStage:
         category_p = np.round(scores.category_p_N5.astype(np.float64), _DIGITS).tolist()
         out, received_ms = [], []
         top = zip(top_names, category_p, top_n, strict=True)
-        rows = zip(events, records, p, shift, top, cold.tolist(), status.tolist(), strict=True)
-        for event, record, (click, purchase, return_), drift, (top_name, top_p, n), is_cold, how in rows:
+        rows = zip(events, records, p, shift, top, cold.tolist(), status.tolist(), reasons, strict=True)
+        for event, record, (click, purchase, return_), drift, (top_name, top_p, n), is_cold, how, why in rows:
             if how == DUPLICATE:
                 continue
             score = ScoreRecord(
@@ -163,6 +212,7 @@ class ScoreStage:
                 interest_shift=drift,
                 cold=is_cold,
                 degraded=degraded,
+                explain=why,
             )
             out.append((record.key, encode_json(score), now_ms, NO_HEADERS))  # NaN becomes null
             received_ms.append(record.timestamp)

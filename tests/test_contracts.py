@@ -14,6 +14,9 @@ from models.events import (
     Announcement,
     CanonicalEvent,
     DeadLetter,
+    EventEffect,
+    Explanation,
+    FeatureEffect,
     IdentityLink,
     ModelVersion,
     Probabilities,
@@ -58,7 +61,30 @@ EXAMPLES: dict[str, list[Any]] = {
             interest_shift=None,
             cold=True,
             degraded=True,
-        )
+        ),
+        ScoreRecord(
+            schema=1,
+            event_id="1",
+            user=USER,
+            platform="shop",
+            ts=1,
+            scored_at=2,
+            model="student/000001",
+            p=Probabilities(click=None, purchase=0.0, return_=None),
+            churn=None,
+            categories=[],
+            interest_shift=None,
+            cold=False,
+            degraded=False,
+            explain=[
+                Explanation(
+                    head="purchase",
+                    events=[EventEffect(back=0, kind="cart", age_s=0.0, effect=0.5)],
+                    older=-0.1,
+                    features=[FeatureEffect(name="log_dt", effect=-0.25)],
+                )
+            ],
+        ),
     ],
     "dead_letter": [
         DeadLetter(
@@ -92,6 +118,9 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("score", {"categories": [["food", 0.1]] * 6}),
     ("score", {"categories": [["food"]]}),
     ("score", {"cold": None}),
+    ("score", {"explain": None}),
+    ("score", {"explain": [{"head": "category", "events": [], "older": 0.0, "features": []}]}),
+    ("score", {"explain": [{"head": "click", "events": [], "features": []}]}),
     ("dead_letter", {"stage": "elsewhere"}),
     ("announcement", {"abi": "1"}),
     ("announcement", {"fallbacks": [{"version": "1"}]}),

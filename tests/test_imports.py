@@ -64,11 +64,14 @@ PUBLIC = {
         "PlatformFileError", "StateABIError", "StateError", "WorkerFenced",
     ],
     "models.events": [
-        "Announcement", "CanonicalEvent", "DeadLetter", "IdentityLink", "ModelVersion", "Probabilities", "ScoreRecord",
+        "Announcement", "CanonicalEvent", "DeadLetter", "EventEffect", "Explanation", "FeatureEffect", "IdentityLink",
+        "ModelVersion", "Probabilities", "ScoreRecord",
         "event_hash", "event_hashes", "hash32", "hash64", "platform_code", "price_bucket", "to_columns",
     ],
     "models.state": ["decode_row", "empty_rows", "encode_row", "row_dtype"],
     "models.fold": ["FoldParams", "fold", "fold_params", "refold_rings", "starts_afresh", "warm"],
+    "models.rebuild": ["Refolded", "refold", "rows_before"],
+    "models.explain": ["Effects", "Explainer", "contributions", "without_features", "without_terms"],
     "models.artifact": ["Golden", "Manifest", "list_versions", "load", "load_prior", "publish", "versions", "write_prior"],
     "trainer.run": ["RoundResult", "run_trainer"],
     "trainer.gate": [

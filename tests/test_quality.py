@@ -71,7 +71,10 @@ def cells(gain: float) -> dict:
         resamples = metrics.Resamples(user, 100)
         scores = {"ours": y * (1 + gain) + noise, "theirs": y + noise, "worse": 0.3 * y + noise}
         out["p", name] = {
-            "models": {k: cells_._figures(y, z, 1 / (1 + np.exp(-z)), user, resamples) for k, z in scores.items()}
+            "models": {
+                k: cells_._figures(y, z, 1 / (1 + np.exp(-z)), 1 / (1 + np.exp(-z)), user, resamples)
+                for k, z in scores.items()
+            }
         }
     return out
 
@@ -89,12 +92,19 @@ def test_differences_are_paired_and_against_the_best_in_each_cell():
     )
 
 
-def test_the_rate_of_a_user_knows_only_what_had_matured():
-    user, ts = np.array([1, 1, 1, 1, 2]), np.array([0, 10, 20, 30, 30])
-    y, anchor = np.array([1.0, 1.0, 0.0, 1.0, 1.0]), np.array([True, False, True, True, True])
-    hits, n = quality._matured_before(user, ts, y, anchor, 10)
-    assert hits.tolist() == [0, 1, 1, 1, 0]
-    assert n.tolist() == [0, 1, 1, 2, 0]
+def test_what_is_calibrated_anew_knows_only_matured_labels():
+    rng = np.random.default_rng(0)
+    ts, z = np.arange(4000), np.zeros(4000)
+    y = (rng.random(4000) < np.where(ts < 2000, 0.2, 0.7)).astype(float)
+    check, at = np.arange(1000), np.arange(1500, 4000)
+    p = cells_.refreshed(z, y, ts, check, at, 300)
+    assert abs(p[at < 2000].mean() - 0.2) < 0.05 and abs(p[at > 3600].mean() - 0.7) < 0.05
+    blind = np.where(ts + 300 > 2750, 1 - y, y)
+    changed = cells_.refreshed(z, blind, ts, check, at, 300)
+    begins = np.linspace(1500, 3999, cells_.REFRESHES, endpoint=False)
+    seen = at < begins[begins > 2751].min()
+    np.testing.assert_array_equal(p[seen], changed[seen])
+    assert (p[~seen] != changed[~seen]).any()
 
 
 def test_draws_stay_out_of_the_json():

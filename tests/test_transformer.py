@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import sys
-import types
 from pathlib import Path
 
 import msgspec
@@ -18,11 +17,12 @@ from safetensors import torch as safetensors
 from models.errors import ConfigError
 from models.fold import FEATURE_NAMES, N_FEATURES
 from models.student import Columns
-from trainer import transformer
+from trainer import transformer, transformer_fit
 from trainer.examples import Examples
 from trainer.fit import Schedule
 from trainer.metrics import auc
-from trainer.transformer import SIZES, TransformerConfig, batches, fit_transformer, windows
+from trainer.transformer import SIZES, TransformerConfig, batches, windows
+from trainer.transformer_fit import fit_transformer
 
 PLATFORMS, TASKS = ("alpha", "beta"), ("click", "purchase", "return")
 MINUTE_MS, START_MS = 60_000, 1_700_000_000_000
@@ -243,7 +243,7 @@ def test_it_learns_from_the_order_what_the_offsets_lack():
     fitted = fit_transformer(examples, offsets_MT, tiny(window=16, dropout=0.05), schedule)
     logits_MT, own_M = fitted.logits(examples, offsets_MT), examples.check_MT[:, 0]
     assert fitted.adds and fitted.check_loss < fitted.offset_loss - 0.1 and fitted.epochs > 0
-    assert fitted.check_loss == pytest.approx(transformer.check_loss(examples, logits_MT), abs=1e-5)
+    assert fitted.check_loss == pytest.approx(transformer_fit.check_loss(examples, logits_MT), abs=1e-5)
     for task in range(len(TASKS)):
         assert auc(examples.y_MT[own_M, task], offsets_MT[own_M, task]) < 0.55
         assert auc(examples.y_MT[own_M, task], logits_MT[own_M, task]) > 0.75
@@ -258,7 +258,7 @@ def test_a_task_without_weight_is_not_learned_and_the_others_are(examples):
 
 
 def test_users_shown_as_strangers_train_what_unknown_platforms_and_items_use(arguments, monkeypatch):
-    monkeypatch.setattr(transformer, "STRANGER", 1.0)
+    monkeypatch.setattr(transformer_fit, "STRANGER", 1.0)
     examples, offsets_MT, _, schedule = arguments
     config = tiny(next_item_weight=0.0)
     fits = [fit_transformer(examples, offsets_MT, config, schedule._replace(epochs=epochs)) for epochs in (0, 3)]
@@ -271,10 +271,10 @@ def test_users_shown_as_strangers_train_what_unknown_platforms_and_items_use(arg
 
 
 def test_the_next_item_loss_is_that_of_the_whole_softmax(examples, loud, monkeypatch):
-    monkeypatch.setattr(transformer, "NEGATIVES", 200_000)
+    monkeypatch.setattr(transformer_fit, "NEGATIVES", 200_000)
     torch.manual_seed(0)
-    seen_M = transformer._seen(examples)
-    run = transformer._Run(loud.network, examples, make_offsets(examples), None, SCHEDULE, seen_M, lambda: None)
+    seen_M = transformer_fit.seen(examples)
+    run = transformer_fit._Run(loud.network, examples, make_offsets(examples), None, SCHEDULE, seen_M, lambda: None)
     at_N = torch.arange(len(examples))
     query_NI, of_N = torch.randn(len(examples), loud.network.config.item_dim), run.next_weight_M > 0
     platform_V, first = loud.network.vocabulary_V >> 32, 1 + loud.network.config.item_buckets
@@ -407,8 +407,8 @@ def test_a_warm_start_copies_what_fits(examples, loud):
     own = dataclasses.replace(examples, tasks=config.tasks, **fields)
     before = weights(loud)
     schedule = SCHEDULE._replace(epochs=0)
-    cold, seen_M = fit_transformer(own, offsets_MT, config, schedule).network, transformer._seen(own)
-    warm = transformer.Transformer(config, transformer._vocabulary(own, seen_M, config))
+    cold, seen_M = fit_transformer(own, offsets_MT, config, schedule).network, transformer_fit.seen(own)
+    warm = transformer.Transformer(config, transformer_fit._vocabulary(own, seen_M, config))
     fresh = warm.item.weight.detach().clone()
     warm.start_from(loud.network)
     assert weights(loud) == before and len(cold.vocabulary_V) == len(warm.vocabulary_V)
@@ -468,27 +468,13 @@ def test_sizes_and_counted_operations():
 
 
 def test_scalars_go_to_tensorboard(examples, tmp_path, monkeypatch):
-    written = []
-
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            written.append(folder)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_) -> None:
-            written.append("closed")
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written.append((name, float(value), step))
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="crosscurrent[teacher]")
     fitted = fit_transformer(examples, make_offsets(examples), tiny(), SCHEDULE, log_dir=tmp_path)
-    assert written[0] == str(tmp_path) and written[-1] == "closed"
-    scalars = written[1:-1]
-    assert {name for name, *_ in scalars} >= {"train/loss", "train/rate", "check/log_loss"}
-    assert min(value for name, value, _ in scalars if name == "check/log_loss") == pytest.approx(fitted.check_loss, abs=1e-3)
+    log = reader.EventAccumulator(str(tmp_path))
+    log.Reload()
+    assert set(log.Tags()["scalars"]) >= {"train/loss", "train/rate", "check/log_loss"}
+    losses = [point.value for point in log.Scalars("check/log_loss")]
+    assert min(losses) == pytest.approx(fitted.check_loss, abs=1e-3)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match="pip install tensorboard"):
+    with pytest.raises(ConfigError, match=r"crosscurrent\[teacher\]"):
         fit_transformer(examples, make_offsets(examples), tiny(), SCHEDULE, log_dir=tmp_path)

@@ -27,8 +27,8 @@ from trainer.examples import Check, Examples, check_loss
 STEPS = 160
 """Batches are made smaller than `batch_events` where there would be fewer steps than this."""
 LEAST_BATCH = 512
-CUT = 1 / 128
-"""Chance, at each event, that `h` starts from zero there: it often does in serving, after a rebuild from the ring."""
+CUT = 1 / 16
+"""Chance, at each event, that `h` starts from zero there, so that a state rebuilt from the ring is as good as a live one."""
 STRANGER = 0.05
 """Share of users that an epoch shows as being on a platform that the model does not know."""
 CATEGORY_WEIGHT = 0.2
@@ -100,14 +100,22 @@ class _Sequences(NamedTuple):
 
 
 def _sequences(examples: Examples, soft_MT: np.ndarray | None) -> _Sequences:
+    of_user = np.flatnonzero(np.r_[True, examples.user_M[1:] != examples.user_M[:-1]][: len(examples)])
+    length_U = np.add.reduceat(seen(examples, soft_MT), of_user, dtype=np.int64) if len(of_user) else np.empty(0, np.int64)
+    return _Sequences(of_user[length_U > 0], length_U[length_U > 0])
+
+
+def seen(examples: Examples, soft_MT: np.ndarray | None = None) -> np.ndarray:
+    """(M,) bool: events up to their user's last one to learn something from, a label or what the teacher says. What
+    training counts, standardises by and predicts lies there, so that nothing later is looked at."""
     learns_M = examples.learn_MT.any(axis=1) | examples.learn_next_M
     if soft_MT is not None:
         learns_M = learns_M | ~np.isnan(soft_MT).all(axis=1)
-    of_user = np.flatnonzero(np.r_[True, examples.user_M[1:] != examples.user_M[:-1]][: len(examples)])
-    label_at_M = np.where(learns_M, np.arange(len(examples)), -1)
-    last_U = np.maximum.reduceat(label_at_M, of_user) if len(of_user) else np.empty(0, np.int64)
-    trains_U = last_U >= 0
-    return _Sequences(of_user[trains_U], (last_U - of_user + 1)[trains_U])
+    user_M = examples.user_M[::-1]
+    # Read backwards, a user's events are seen from the first to learn from on.
+    of_user_M = np.cumsum(np.r_[True, user_M[1:] != user_M[:-1]][: len(user_M)])
+    latest_M = np.maximum.accumulate(np.where(learns_M[::-1], of_user_M, 0))
+    return (latest_M == of_user_M)[::-1]
 
 
 class _Batch(NamedTuple):
@@ -142,6 +150,7 @@ class _Targets(NamedTuple):
     soft_MT: Tensor | None
     """The teacher's probabilities at the temperature; 0 where it was not asked."""
     asked_MT: Tensor | None
+    weight_M: Tensor | None
 
 
 def fit(
@@ -152,12 +161,14 @@ def fit(
     schedule: Schedule,
     *,
     soft_MT: np.ndarray | None = None,
+    weight_M: np.ndarray | None = None,
     check: Check = lambda: None,
     progress: Progress = lambda share: None,
 ) -> Fitted:
     """Trains `parameters` and leaves what is kept of them in the network. `q_MG`: what each component of the category
-    mixture gives to the category that came next. `soft_MT`: the teacher's logits, NaN where it was not asked. The same
-    seed, examples and parameters give the same result."""
+    mixture gives to the category that came next. `soft_MT`: the teacher's logits, NaN where it was not asked. `weight_M`:
+    how much each example counts beside its platform's weight (None: 1). The same seed, examples and parameters give the
+    same result."""
     rng = np.random.default_rng(schedule.seed)
     sequences = _sequences(examples, soft_MT)
     total = int(sequences.length_U.sum()) * schedule.epochs
@@ -166,7 +177,7 @@ def fit(
     optimiser = optimiser_of(parameters)
     average = [p.detach().clone() for p in parameters]
     weight_P = torch.from_numpy(platform_weights(examples, len(network.student.config.platforms)))
-    targets = _targets(examples, q_MG, soft_MT, schedule.temperature)
+    targets = _targets(examples, q_MG, soft_MT, weight_M, schedule.temperature)
     best, best_epoch, best_loss = None, 0, float("inf")
     step, losses = 0, []
     for epoch in range(1, schedule.epochs + 1):
@@ -240,7 +251,9 @@ def logits(network: Network, examples: Examples, at: np.ndarray) -> np.ndarray:
     return np.concatenate(out)
 
 
-def _targets(examples: Examples, q_MG: np.ndarray, soft_MT: np.ndarray | None, temperature: float) -> _Targets:
+def _targets(
+    examples: Examples, q_MG: np.ndarray, soft_MT: np.ndarray | None, weight_M: np.ndarray | None, temperature: float
+) -> _Targets:
     soft = asked = None
     if soft_MT is not None:
         asked = torch.from_numpy(~np.isnan(soft_MT))
@@ -252,6 +265,7 @@ def _targets(examples: Examples, q_MG: np.ndarray, soft_MT: np.ndarray | None, t
         torch.from_numpy(examples.learn_next_M),
         soft,
         asked,
+        None if weight_M is None else torch.from_numpy(np.asarray(weight_M, np.float32)),
     )
 
 
@@ -277,6 +291,8 @@ def _loss(
     at = torch.from_numpy(part.at)
     own = Columns(*(column[at] for column in columns))
     weight_N1 = weight_P[own.platform_N][:, None]
+    if targets.weight_M is not None:
+        weight_N1 = weight_N1 * targets.weight_M[at][:, None]
     shown_N = own.platform_N.masked_fill(torch.from_numpy(part.stranger), 0)
     logits_NT, gates_NG, hear_NT = network(own._replace(platform_N=shown_N), torch.from_numpy(part.starts))
     loss = _mean_loss(logits_NT, targets.y_MT[at], targets.learn_MT[at] * weight_N1)

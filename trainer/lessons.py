@@ -37,7 +37,7 @@ log = structlog.get_logger("crosscurrent.trainer")
 FOLDER = "teacher"
 DRIFT_PSI, DRIFT_EVENTS, _BINS = 0.25, 10_000, 10
 """Above this on a platform × task, of at least so many later events, a teacher has drifted. A few thousand events of a
-hundred users differ by as much without any drift."""
+hundred users may differ by as much without any drift."""
 LEAST_AGE_MS = 3_600_000
 
 _FILE = re.compile(r"(\d{13})-(\d{6})\.parquet$")

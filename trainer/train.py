@@ -26,7 +26,7 @@ from models.events import BINARY_HEADS
 from models.scorer import Model, identity_calibration
 from models.student import N_GATES, Student, StudentConfig
 from trainer.examples import Check, Examples, late_half
-from trainer.fit import Fitted, Network, Progress, Schedule, fit, logits, of_users_with
+from trainer.fit import Fitted, Network, Progress, Schedule, fit, logits, of_users_with, seen
 
 LEAST_ANCHORS, LEAST_OF_A_CLASS = 200, 20
 """A platform × head with fewer matured anchors, or fewer of either outcome, gets its base rate and no more."""
@@ -60,17 +60,22 @@ def train(
     prior_logits_3: np.ndarray,
     incumbent: Model | None = None,
     soft_MT: np.ndarray | None = None,
+    weight_M: np.ndarray | None = None,
     dropout: float = 0.1,
     check: Check = lambda: None,
     progress: Progress = lambda share: None,
 ) -> Trained:
     """A model of `examples`. With an `incumbent` (whose student has the same `config`) a minor one: its recurrence stays
     as it is, bit for bit. `prior_logits_3`: what to say of a head of which nothing is known yet. `soft_MT`: the teacher's
-    logits, NaN where it was not asked. The same seed and examples give the same model."""
+    logits, NaN where it was not asked. `weight_M`: how much each example counts beside its platform's weight (None: 1).
+    The same seed and examples give the same model."""
     torch.manual_seed(schedule.seed)
     if incumbent is None:
         student = Student(config, dropout)
-        student.fit_normalisation(examples.columns.features_NF.numpy(), examples.platform_M)
+        seen_M = seen(examples, soft_MT)
+        if not seen_M.any():
+            seen_M[:] = True
+        student.fit_normalisation(examples.columns.features_NF.numpy()[seen_M], examples.platform_M[seen_M])
     else:
         student = copy.deepcopy(incumbent.student)
     network = Network(student, len(examples.tasks), auxiliary=soft_MT is not None and schedule.way == "auxiliary")
@@ -84,7 +89,9 @@ def train(
         for parameter in parameters:
             parameter.requires_grad_(True)
     table, q_MG = _category_targets(examples, category_names, len(config.platforms))
-    fitted = fit(network, parameters, examples, q_MG, schedule, soft_MT=soft_MT, check=check, progress=progress)
+    fitted = fit(
+        network, parameters, examples, q_MG, schedule, soft_MT=soft_MT, weight_M=weight_M, check=check, progress=progress
+    )
     network.eval().requires_grad_(False)
     model = Model(
         version="candidate",

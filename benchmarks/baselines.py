@@ -1,0 +1,117 @@
+"""The main table's models: what a user would otherwise pick, the teacher, the student with and without it.
+
+    rates · logistic regression · boosting, fixed and tuned      on the rolling features, cell by cell
+    teacher                                                      the members that help on validation; further features
+    student, distilled                                           one network for all platforms
+
+Each is an array of logits (M, T) of every event of a `Bench`, from the cache where it is there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.cells import HORIZONS_S, Bench, by_cell, cached, cells_of, logit, student
+from benchmarks.datasets import TASKS, TEST
+from trainer import boosting
+from trainer.fit import Schedule
+from trainer.rates import matured_counts, rate_features
+from trainer.teacher import choose
+
+PLAIN, PLAIN_DROPOUT = Schedule(epochs=10, batch_events=4096, rate=2e-3, patience=3), 0.3
+"""The undistilled student's, chosen on validation: log-loss .5109; .5151 at rate 3e-3 and dropout .1."""
+DISTIL = Schedule(epochs=12, batch_events=4096, rate=3e-3, soft_weight=0.9)
+"""Every epoch: what the teacher says does not overfit as labels do."""
+BASELINES = ("boosting", "boosting_tuned", "logistic")
+
+
+def models_of(bench: Bench, seeds: range, trials: int) -> tuple[dict[str, list[np.ndarray]], list[str], dict[str, str]]:
+    """→ the main table's models, each a list of seeds; the teacher's members; why each was kept or dropped."""
+    models = {"base_rate": [base_rate(bench)], "user_rate": [cached(bench, "user_rate", lambda: user_rate(bench))]}
+    boosted, regressed = cross_fitted(bench, "cross_fitted")
+    models |= {"logistic": [regressed], "boosting": [boosted], "boosting_tuned": [tuned(bench, trials)]}
+    with_rates = cross_fitted(bench, "cross_fitted_rates", rate_features(*own_counts(bench)))
+    members = {"boosting": boosted, "logistic": regressed}
+    members |= dict(zip(("boosting + own rates", "logistic + own rates"), with_rates, strict=True))
+    kept, reasons = choose(bench.examples, members)
+    models["teacher"] = [np.mean([members[name] for name in kept], axis=0)]
+    models["student"] = [student(bench, "student", PLAIN._replace(seed=s), dropout=PLAIN_DROPOUT) for s in seeds]
+    soft_MT = heard(bench, models["teacher"][0])
+    models["distilled"] = [student(bench, "distilled", DISTIL._replace(seed=s), soft_MT) for s in seeds]
+    return models, kept, reasons
+
+
+def asked(bench: Bench) -> np.ndarray:
+    """(M,) bool: events of which the student hears the teacher: from the platform's first day of training to its first of
+    test, whether labels are known or not, as a trainer asks of all that it has seen. The teacher itself has learned from
+    the labels of the training days alone. The student's settings were chosen without the events from validation on."""
+    examples, split_M = bench.examples, bench.data.split_N[bench.examples.index_M]
+    out = np.zeros(len(examples), bool)
+    for row in np.unique(examples.platform_M):
+        of = examples.platform_M == row
+        test_ms = examples.ts_M[of & (split_M == TEST)].min(initial=np.iinfo(np.int64).max)
+        out |= of & (split_M != -2) & (examples.ts_M < test_ms)
+    return out
+
+
+def heard(bench: Bench, logits_MT: np.ndarray) -> np.ndarray:
+    """(M, T) float32: what a student hears of a teacher's logits; NaN where it is not asked."""
+    return np.where(asked(bench)[:, None], logits_MT, np.nan).astype(np.float32)
+
+
+def base_rate(bench: Bench) -> np.ndarray:
+    def fit(of, learn, check, row, task):
+        return np.full(len(of), logit(bench.examples.y_MT[of[learn], task].mean()))
+
+    return by_cell(bench, fit)
+
+
+def user_rate(bench: Bench, strength: float = 5.0) -> np.ndarray:
+    """The rate of the user's own anchors whose label had matured by then, pulled to the platform's."""
+    hits_MT, tries_MT = own_counts(bench)
+
+    def fit(of, learn, check, row, task):
+        mean = bench.examples.y_MT[of[learn], task].mean()
+        return logit((hits_MT[of, task] + strength * mean) / (tries_MT[of, task] + strength))
+
+    return by_cell(bench, fit)
+
+
+def own_counts(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
+    """(M, T): of the user's own anchors whose label had matured, how many came true, and how many there were."""
+    examples = bench.examples
+    known_MT = bench.data.anchor_N[examples.index_M][:, None] & bench.data.can_NT[examples.index_M]
+    horizon_ms_T = np.array([1000 * HORIZONS_S[task] for task in TASKS])
+    return matured_counts(examples.user_M, examples.ts_M, examples.y_MT, known_MT, horizon_ms_T)
+
+
+def cross_fitted(bench: Bench, name: str, more_MR: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Boosting and logistic regression, out of fold on what they learned from. `more_MR`: further features."""
+
+    def both() -> np.ndarray:
+        examples = bench.examples
+        features_MF = examples.columns.features_NF.numpy()
+        if more_MR is not None:
+            features_MF = np.concatenate([features_MF, more_MR], axis=1)
+        out = np.full((*examples.y_MT.shape, 2), np.nan, np.float32)
+        for row, task in cells_of(bench):
+            of = np.flatnonzero(examples.platform_M == row)
+            fitted = boosting.cross_fit(
+                features_MF[of], examples.y_MT[of, task], examples.learn_MT[of, task], examples.user_M[of], bench.threads
+            )
+            out[of, task, 0], out[of, task, 1] = fitted.boosting_M, fitted.logistic_M
+        return out
+
+    out = cached(bench, name, both)
+    return out[:, :, 0], out[:, :, 1]
+
+
+def tuned(bench: Bench, trials: int) -> np.ndarray:
+    features_MF = bench.examples.columns.features_NF.numpy()
+
+    def fit(of, learn, check, row, task):
+        y = bench.examples.y_MT[of, task]
+        x = features_MF[of]
+        return boosting.fit_tuned(x[learn], y[learn], x[check], y[check], trials=trials, threads=bench.threads)(x)
+
+    return cached(bench, f"boosting_tuned-{trials}", lambda: by_cell(bench, fit))
