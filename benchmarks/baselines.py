@@ -32,7 +32,7 @@ def models_of(bench: Bench, seeds: range, trials: int) -> tuple[dict[str, list[n
     models |= {"logistic": [regressed], "boosting": [boosted], "boosting_tuned": [tuned(bench, trials)]}
     with_rates = cross_fitted(bench, "cross_fitted_rates", rate_features(*own_counts(bench)))
     members = {"boosting": boosted, "logistic": regressed}
-    members |= dict(zip(("boosting + own rates", "logistic + own rates"), with_rates, strict=True))
+    members |= dict(zip(("boosting_rates", "logistic_rates"), with_rates, strict=True))
     kept, reasons = choose(bench.examples, members)
     models["teacher"] = [np.mean([members[name] for name in kept], axis=0)]
     models["student"] = [student(bench, "student", PLAIN._replace(seed=s), dropout=PLAIN_DROPOUT) for s in seeds]
@@ -96,10 +96,10 @@ def cross_fitted(bench: Bench, name: str, more_MR: np.ndarray | None = None) -> 
         out = np.full((*examples.y_MT.shape, 2), np.nan, np.float32)
         for row, task in cells_of(bench):
             of = np.flatnonzero(examples.platform_M == row)
-            fitted = boosting.cross_fit(
-                features_MF[of], examples.y_MT[of, task], examples.learn_MT[of, task], examples.user_M[of], bench.threads
-            )
-            out[of, task, 0], out[of, task, 1] = fitted.boosting_M, fitted.logistic_M
+            y, learn = examples.y_MT[of, task], examples.learn_MT[of, task]
+            for k, fit in enumerate((boosting.fit_boosting, boosting.fit_logistic)):
+                fitted = boosting.cross_fit(fit, features_MF[of], y, learn, examples.user_M[of], threads=bench.threads)
+                out[of, task, k] = fitted.logit_M
         return out
 
     out = cached(bench, name, both)

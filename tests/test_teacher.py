@@ -49,15 +49,14 @@ def test_a_cross_fitted_model_cannot_say_what_only_the_label_tells():
     x[:, 0] = user  # a user is recognised by his feature
     y = rng.integers(0, 2, 200)[user].astype(np.float32)
     learn = np.ones(2000, bool)
-    fitted = boosting.cross_fit(x, y, learn, user)
-    seen = boosting.fit_boosting(x, y)(x)
-    assert metrics.auc(y, seen) > 0.8
-    assert 0.35 < metrics.auc(y, fitted.boosting_M) < 0.65
+    for fit in (boosting.fit_boosting, boosting.fit_logistic):
+        assert 0.35 < metrics.auc(y, boosting.cross_fit(fit, x, y, learn, user).logit_M) < 0.65
+    assert metrics.auc(y, boosting.fit_boosting(x, y)(x)) > 0.8
 
 
 def test_cross_fitting_without_both_outcomes_says_so():
     x, y = np.zeros((50, 3), np.float32), np.ones(50)
-    assert boosting.cross_fit(x, y, np.ones(50, bool), np.arange(50)) is None
+    assert boosting.cross_fit(boosting.fit_logistic, x, y, np.ones(50, bool), np.arange(50)) is None
 
 
 def test_tuning_takes_the_trial_that_does_best_on_validation():
@@ -108,6 +107,17 @@ def test_a_further_member_hears_the_offset_and_counts_where_it_helps(examples):
     said = teaching.answer(examples, wanted)
     first = [teach(examples).members_MT[name][wanted] for name in ("boosting", "logistic")]
     assert np.isfinite(said).any() and (np.isnan(said) == np.isnan(first[0])).all()
+
+
+def test_own_rates_are_of_labels_that_had_matured_and_one_member_looks_at_them(examples, teaching):
+    assert examples.own_MR.shape == (len(examples), 6) and np.isfinite(examples.own_MR).all()
+    first = np.r_[True, examples.user_M[1:] != examples.user_M[:-1]]
+    np.testing.assert_array_equal(examples.own_MR[first], np.broadcast_to([0.5] * 3 + [0.0] * 3, (first.sum(), 6)))
+    assert (examples.own_MR[~first, 3:] > 0).any()
+    assert list(teaching.members_MT) == ["boosting", "logistic", "boosting_rates"]
+    blind = teach(dataclasses.replace(examples, own_MR=None))
+    assert list(blind.members_MT) == ["boosting", "logistic"]
+    np.testing.assert_array_equal(blind.members_MT["boosting"], teaching.members_MT["boosting"])
 
 
 def test_members_answer_later_events_as_they_would_have_then(examples, teaching):

@@ -6,7 +6,7 @@ logits can be taught from, and offset a network, without teaching it to trust wh
 
 `fixed` and regularised boosting is LightGBM with 15 leaves, 80 rounds and L2 10, no tuning; `tuned` searches at random with
 early stopping on the validation anchors, as practitioners do. Shapes: M events, F features.
-Knows nothing of histories, splits in time or networks.
+Knows nothing of splits in time or networks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import NamedTuple
 import lightgbm as lgb
 import numpy as np
 from sklearn.linear_model import LogisticRegression
+
+from trainer.examples import Check
 
 FIXED = {
     "objective": "binary",
@@ -39,28 +41,37 @@ Predict = Callable[[np.ndarray], np.ndarray]
 
 
 class CrossFitted(NamedTuple):
-    """Logits of every event (M,) float32; out of fold where the event was learned from."""
+    """A model, and what it says of the events that it was made with."""
 
-    boosting_M: np.ndarray
-    logistic_M: np.ndarray
+    logit_M: np.ndarray
+    """float32; out of fold where the event was learned from."""
+    predict: Predict
+    """The model that learned from all of them."""
 
 
 def cross_fit(
-    features_MF: np.ndarray, y_M: np.ndarray, learn_M: np.ndarray, user_M: np.ndarray, threads: int = 1
+    fit: Callable[..., Predict],
+    features_MF: np.ndarray,
+    y_M: np.ndarray,
+    learn_M: np.ndarray,
+    user_M: np.ndarray,
+    *,
+    threads: int = 1,
+    check: Check = lambda: None,
 ) -> CrossFitted | None:
-    """Fits both on the events of `learn_M` (bool) and says what they think of all. None where only one outcome occurs."""
+    """Fits `fit_boosting` or `fit_logistic` on the events of `learn_M` (bool), users whole in each fold. None where only one
+    outcome occurs."""
     if not _both(y_M[learn_M]):
         return None
-    out = []
-    fold_M = user_M * 7919 % FOLDS
-    for fit in (fit_boosting, fit_logistic):
-        logit_M = fit(features_MF[learn_M], y_M[learn_M], threads=threads)(features_MF)
-        for fold in range(FOLDS):
-            own_M, rest_M = learn_M & (fold_M == fold), learn_M & (fold_M != fold)
-            if own_M.any() and _both(y_M[rest_M]):
-                logit_M[own_M] = fit(features_MF[rest_M], y_M[rest_M], seeds=SEEDS[:1], threads=threads)(features_MF[own_M])
-        out.append(logit_M)
-    return CrossFitted(*out)
+    check()
+    predict = fit(features_MF[learn_M], y_M[learn_M], threads=threads)
+    logit_M, fold_M = predict(features_MF), user_M * 7919 % FOLDS
+    for fold in range(FOLDS):
+        check()
+        own_M, rest_M = learn_M & (fold_M == fold), learn_M & (fold_M != fold)
+        if own_M.any() and _both(y_M[rest_M]):
+            logit_M[own_M] = fit(features_MF[rest_M], y_M[rest_M], seeds=SEEDS[:1], threads=threads)(features_MF[own_M])
+    return CrossFitted(logit_M, predict)
 
 
 def fit_boosting(features_MF: np.ndarray, y_M: np.ndarray, *, seeds: tuple[int, ...] = SEEDS, threads: int = 1) -> Predict:

@@ -30,6 +30,7 @@ from models.state import empty_rows
 from models.student import Columns, StudentConfig
 from trainer.history import History
 from trainer.labels import Labels, horizons_ms, matured
+from trainer.rates import matured_counts, rate_features
 
 CATEGORY = HEADS.index("category")
 REPLAY_BATCH = 65_536
@@ -230,6 +231,8 @@ class Examples:
     category_M: np.ndarray
     """uint32: the user's last category, the event's own included."""
     views_M: np.ndarray
+    own_MR: np.ndarray | None = None
+    """float32: the user's own matured label rates (`trainer.rates`), which the teacher alone may look at."""
 
     @property
     def platform_M(self) -> np.ndarray:
@@ -268,18 +271,20 @@ def make_examples(
     known_M4 = matured(Labels(*(column[index_M] for column in labels)), ts_M, horizons, gate.user_U[user_M])
     known_M4 &= config.can_have()[platform_M] & gate.has_P[history.platform[index_M]][:, None]
     held_out_M = held_out(history.users)[user_M]
-    check_MT = known_M4[:, :CATEGORY] & held_out_M[:, None]
+    check_MT, y_MT = known_M4[:, :CATEGORY] & held_out_M[:, None], labels.y_N3[index_M].astype(np.float32)
+    counts = matured_counts(user_M, ts_M, y_MT, known_M4[:, :CATEGORY], horizons_ms(horizons)[:CATEGORY])
     return examples_of(
         history,
         replayed,
         at,
         config,
         tasks=BINARY_HEADS,
-        y_MT=labels.y_N3[index_M].astype(np.float32),
+        y_MT=y_MT,
         learn_MT=known_M4[:, :CATEGORY] & ~held_out_M[:, None],
         check_MT=check_MT & late_half(check_MT, ts_M, platform_M),
         next_M=np.where(known_M4[:, CATEGORY], labels.category_N[index_M], 0).astype(np.uint32),
         learn_next_M=known_M4[:, CATEGORY] & ~held_out_M,
+        own_MR=rate_features(*counts),
     )
 
 
@@ -302,7 +307,7 @@ def folded(history: History, replayed: Replay) -> np.ndarray:
 
 def examples_of(history: History, replayed: Replay, at: np.ndarray, config: StudentConfig, **labels) -> Examples:
     """Examples of the places `at` of a replay, as `folded` gives them; `labels`: the fields of Examples that speak of
-    labels, in their order."""
+    labels."""
     index_M = replayed.index_M[at]
     events, user_M = history.events[index_M], history.user[index_M]
     features_MF, views_M = replayed.features_MF[at], replayed.views_M[at]

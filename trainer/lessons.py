@@ -213,7 +213,8 @@ def _transformer(size: str, platforms: tuple[str, ...], seed: int, check: Check)
     """A further member for `teach`: the causal transformer as a residual."""
     from trainer.fit import Schedule
     from trainer.teacher import Member
-    from trainer.transformer import TransformerConfig, fit_transformer
+    from trainer.transformer import TransformerConfig
+    from trainer.transformer_fit import fit_transformer
 
     def fit(examples: Examples, offset_MT: np.ndarray) -> Member:
         n_features = examples.columns.features_NF.shape[1]

@@ -60,7 +60,8 @@ def teach(
     more: Mapping[str, MoreMember] = {},
     check: Check = lambda: None,
 ) -> Teaching:
-    """Fits every member and keeps those that help. `more`: further members, told the mean of the first two."""
+    """Fits every member and keeps those that help: boosting and regression on the rolling features, boosting on the own
+    rates too where the examples have them, and `more`, told the mean of those."""
     fitted = _cross_fitted(examples, threads, check)
     offset_MT = _mean([member.logits_MT for member in fitted.values()])
     for name, fit in more.items():
@@ -74,7 +75,7 @@ def teach(
     def answer(later: Examples, wanted_M: np.ndarray) -> np.ndarray:
         # A further member may look at all that came before, so its offset is needed everywhere.
         everywhere_M = np.ones(len(later), bool) if set(kept) - set(_FIRST) else wanted_M
-        first = {name: fitted[name].answer(later, everywhere_M, np.empty(0)) for name in _FIRST}
+        first = {name: fitted[name].answer(later, everywhere_M, np.empty(0)) for name in _FIRST if name in fitted}
         offset_XT = _mean([*first.values()])
         said = [
             first[name][wanted_M[everywhere_M]] if name in first else fitted[name].answer(later, wanted_M, offset_XT)
@@ -85,10 +86,24 @@ def teach(
     return Teaching(_mean([members[name] for name in kept]), members, kept, reasons, answer)
 
 
-_FIRST: dict[str, Callable[..., boosting.Predict]] = {
-    "boosting": boosting.fit_boosting,
-    "logistic": boosting.fit_logistic,
+class _First(NamedTuple):
+    """A member that looks at one event's features."""
+
+    fit: Callable[..., boosting.Predict]
+    rates: bool
+    """Beside the rolling features it sees the user's own matured label rates."""
+
+
+_FIRST: dict[str, _First] = {
+    "boosting": _First(boosting.fit_boosting, False),
+    "logistic": _First(boosting.fit_logistic, False),
+    "boosting_rates": _First(boosting.fit_boosting, True),
 }
+
+
+def _inputs(examples: Examples, rates: bool, at: np.ndarray) -> np.ndarray:
+    features_XF = examples.columns.features_NF.numpy()[at]
+    return np.concatenate([features_XF, examples.own_MR[at]], axis=1) if rates else features_XF
 
 
 def _mean(logits: list[np.ndarray]) -> np.ndarray:
@@ -96,48 +111,28 @@ def _mean(logits: list[np.ndarray]) -> np.ndarray:
 
 
 def _cross_fitted(examples: Examples, threads: int, check: Check) -> dict[str, Member]:
-    """Boosting and regression, a model a platform × task where there is enough to learn from."""
-    features_MF = examples.columns.features_NF.numpy()
-    logits = {name: np.full(examples.y_MT.shape, np.nan, np.float32) for name in _FIRST}
-    predicts: dict[str, dict[tuple[int, int], boosting.Predict]] = {name: {} for name in _FIRST}
+    """The first members, a model a platform × task where there is enough to learn from."""
+    names = [name for name, first in _FIRST.items() if not first.rates or examples.own_MR is not None]
+    logits = {name: np.full(examples.y_MT.shape, np.nan, np.float32) for name in names}
+    predicts: dict[str, dict[tuple[int, int], boosting.Predict]] = {name: {} for name in names}
     for row in np.unique(examples.platform_M):
         of = np.flatnonzero(examples.platform_M == row)
-        x = features_MF[of]
+        inputs = {name: _inputs(examples, _FIRST[name].rates, of) for name in names}
         for task in range(len(examples.tasks)):
             y, learn = examples.y_MT[of, task], examples.learn_MT[of, task]
             n, positives = int(learn.sum()), int(y[learn].sum())
             if n < LEAST_ANCHORS or min(positives, n - positives) < LEAST_OF_A_CLASS:
                 continue
-            for name, fit in _FIRST.items():
-                logit, predict = _cross_fit(fit, x, y, learn, examples.user_M[of], threads, check)
-                logits[name][of, task], predicts[name][int(row), task] = logit, predict
-    return {name: Member(logits[name], _answer_of(predicts[name])) for name in _FIRST}
+            for name, x in inputs.items():
+                fitted = boosting.cross_fit(_FIRST[name].fit, x, y, learn, examples.user_M[of], threads=threads, check=check)
+                logits[name][of, task], predicts[name][int(row), task] = fitted
+    return {name: Member(logits[name], _answer_of(predicts[name], _FIRST[name].rates)) for name in names}
 
 
-def _cross_fit(
-    fit: Callable[..., boosting.Predict],
-    x: np.ndarray,
-    y: np.ndarray,
-    learn: np.ndarray,
-    user: np.ndarray,
-    threads: int,
-    check: Check,
-) -> tuple[np.ndarray, boosting.Predict]:
-    """As `boosting.cross_fit`, of one of the two → (logits of all, out of fold where learned from; the model of all)."""
-    check()
-    predict = fit(x[learn], y[learn], threads=threads)
-    logit, fold = predict(x), user * 7919 % boosting.FOLDS
-    for k in range(boosting.FOLDS):
-        check()
-        own, rest = learn & (fold == k), learn & (fold != k)
-        if own.any() and y[rest].min(initial=1.0) < y[rest].max(initial=0.0):
-            logit[own] = fit(x[rest], y[rest], seeds=boosting.SEEDS[:1], threads=threads)(x[own])
-    return logit, predict
-
-
-def _answer_of(predicts: Mapping[tuple[int, int], boosting.Predict]) -> Answer:
+def _answer_of(predicts: Mapping[tuple[int, int], boosting.Predict], rates: bool) -> Answer:
     def answer(examples: Examples, wanted_M: np.ndarray, offset_MT: np.ndarray) -> np.ndarray:
-        platform_X, x_XF = examples.platform_M[wanted_M], examples.columns.features_NF.numpy()[wanted_M]
+        at = np.flatnonzero(wanted_M)
+        platform_X, x_XF = examples.platform_M[at], _inputs(examples, rates, at)
         out_XT = np.full((len(x_XF), len(examples.tasks)), np.nan, np.float32)
         for (row, task), predict in predicts.items():
             own = np.flatnonzero(platform_X == row)
