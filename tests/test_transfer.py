@@ -157,7 +157,9 @@ def test_a_few_users_train_only_on_their_own(task):
     users = np.unique(task.own.user_M)[::2]
     few = subset(task.own, np.flatnonzero(np.isin(task.own.user_M, users)))
     assert set(few.user_M) == set(users) and few.starts_M[np.r_[True, np.diff(few.user_M) != 0]].all()
-    assert np.array_equal(few.columns.features_NF.numpy(), task.own.columns.features_NF.numpy()[np.isin(task.own.user_M, users)])
+    assert np.array_equal(
+        few.columns.features_NF.numpy(), task.own.columns.features_NF.numpy()[np.isin(task.own.user_M, users)]
+    )
 
 
 def checked(n_users: int = 40, each: int = 10):

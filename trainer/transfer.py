@@ -22,21 +22,22 @@ target. Rungs that change only the target's rows leave every other platform's sc
 Shapes: M examples, T tasks, P platforms (row 0: shared), K width before the heads.
 Knows nothing of Kafka, files or the gate.
 
-Sources: fine-tuning as domain adaptation and its relatives, Pan and Yang (IEEE TKDE 2010); interpolated weights, Wortsman et
-al. (CVPR 2022); residual adapters, Rebuffi et al. (NeurIPS 2017); low rank, Hu et al. (ICLR 2022); reversed gradients, Ganin et
-al. (JMLR 2016); normalisation of the target, Li et al. (Pattern Recognition 2018).
+Sources: interpolated weights, Wortsman et al. (CVPR 2022); residual adapters, Rebuffi et al. (NeurIPS 2017); low rank, Hu et
+al. (ICLR 2022); reversed gradients, Ganin et al. (JMLR 2016); normalisation of the target, Li et al. (Pattern Recognition
+2018); distillation, Hinton et al. (2015).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -116,7 +117,13 @@ def together(one: Examples, other: Examples) -> Examples:
 
 
 def pretrain(
-    rest: Examples, q_MG: np.ndarray, config: StudentConfig, schedule: Schedule, *, dropout: float, check: Check = lambda: None
+    rest: Examples,
+    q_MG: np.ndarray,
+    config: StudentConfig,
+    schedule: Schedule,
+    *,
+    dropout: float,
+    check: Check = lambda: None,
 ) -> Network:
     """A network that learns to serve platforms it has not seen: of `rest`, with one shared head (row 0) and no word on
     which platform an event is from, except its standardisation and its base rates."""
@@ -296,16 +303,17 @@ def finetune(task: Task) -> Network:
     return network
 
 
-def interpolate(task: Task) -> Network:
-    """The α of each block that is best on validation, block after block; ½ where there is nothing to check by."""
-    network = finetune(task)
+def interpolate(task: Task, tuned: Network | None = None) -> Network:
+    """The α of each block that is best on validation, block after block; ½ where there is nothing to check by. `tuned`:
+    what `finetune` gave, where that is known already."""
+    network = copy.deepcopy(tuned) if tuned is not None else finetune(task)
     tensors, source = dict(network.named_parameters()), task.source.state_dict()
-    tuned = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    ours = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def mix(block: str, alpha: float) -> None:
         # Of equal values a mixture may differ in the last bit: what was not tuned is left alone.
-        names = [name for name in BLOCKS[block] if not torch.equal(tuned[name], source[name])]
-        put([tensors[name] for name in names], [alpha * source[name] + (1.0 - alpha) * tuned[name] for name in names])
+        names = [name for name in BLOCKS[block] if not torch.equal(ours[name], source[name])]
+        put([tensors[name] for name in names], [alpha * source[name] + (1.0 - alpha) * ours[name] for name in names])
 
     if not task.own.check_MT.any():
         for block in BLOCKS:
@@ -333,9 +341,7 @@ def adapter(task: Task) -> Network:
     torch.manual_seed(task.schedule.seed)
     width = network.student.head_weight_POK.shape[2]
     up, down = nn.Parameter(torch.zeros(width, RANK)), nn.Parameter(torch.randn(RANK, width) / width**0.5)
-    changes = [
-        (module, name, _Residual(task.row, up, down)) for module, name, _ in _rows(network, task.row, biases=False)
-    ]
+    changes = [(module, name, _Residual(task.row, up, down)) for module, name, _ in _rows(network, task.row, biases=False)]
     with _folded_in(changes + _rows(network, task.row, weights=False)) as parameters:
         _fit(task, network, parameters)
     return network
@@ -440,6 +446,15 @@ RUNGS: dict[str, Rung] = {
 }  # fmt: skip
 
 
+def climb_all(task: Task, names: Iterable[str] = tuple(RUNGS)) -> dict[str, Network]:
+    """Rung → its network."""
+    networks: dict[str, Network] = {}
+    for name in names:
+        more = {"tuned": networks.get("finetune")} if name == "interpolate" else {}
+        networks[name] = RUNGS[name](task, **more)
+    return networks
+
+
 # ── the choice ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -453,22 +468,20 @@ class Choice(NamedTuple):
     """What would be taken without the guard and without scratch: the best in sum."""
 
 
-def choose(own: Examples, logits_of: Mapping[str, np.ndarray], draws: int = 200) -> Choice:
+def choose(own: Examples, logits_of: Mapping[str, np.ndarray]) -> Choice:
     """The rung with the lowest log-loss in sum over the heads, on the examples to check by, calibrated there as they
-    would be served; one that is significantly worse than `scratch` on a head (paired, user-clustered) is out, and
-    where none is better in sum it is `scratch`. `logits_of`: rung → (M, T) of `own`, `scratch` among them. With nothing to
-    check by it is `scratch`."""
+    would be served; one that is significantly worse than `scratch` on a head is out, and where none is better in sum it
+    is `scratch`. `logits_of`: rung → (M, T) of `own`, `scratch` among them. With nothing to check by it is `scratch`."""
     gains, reasons, allowed = {}, {}, {}
+    tasks = [task for task in range(len(own.tasks)) if own.check_MT[:, task].any()]
     for name, logits_MT in logits_of.items():
         if name == "scratch":
             continue
         heads = {}
-        for task, title in enumerate(own.tasks):
+        for task in tasks:
             at = np.flatnonzero(own.check_MT[:, task])
-            if len(at):
-                less_A = _losses(own, logits_of["scratch"], at, task) - _losses(own, logits_MT, at, task)
-                resampled = metrics.Resamples(own.user_M[at], draws).mean(less_A)
-                heads[title] = metrics.interval(float(less_A.mean()), resampled)
+            less_A = _losses(own, logits_of["scratch"], at, task) - _losses(own, logits_MT, at, task)
+            heads[own.tasks[task]] = clustered(less_A, own.user_M[at], 0.05 / len(tasks))
         worse = [title for title, gain in heads.items() if gain.high < 0]
         gains[name] = float(sum(gain.value for gain in heads.values()))
         allowed[name] = gains[name] > 0 and not worse
@@ -476,6 +489,18 @@ def choose(own: Examples, logits_of: Mapping[str, np.ndarray], draws: int = 200)
         reasons[name] = f"{verdict}: log-loss {-gains[name]:+.4f} in sum over {len(heads)} heads"
     best = max((name for name in gains if allowed[name]), key=gains.__getitem__, default="scratch")
     return Choice(best, reasons, max(gains, key=gains.__getitem__, default="scratch"))
+
+
+def clustered(values_A: np.ndarray, user_A: np.ndarray, alpha: float) -> metrics.Interval:
+    """The mean and its interval at level 1 − `alpha`, clustered by user, by Student's t: with a dozen users the percentiles
+    of a bootstrap are too narrow. Unbounded for one user."""
+    mean = float(values_A.mean())
+    sums_U = np.bincount(np.unique(user_A, return_inverse=True)[1], values_A - mean)
+    n = len(sums_U)
+    if n < 2:
+        return metrics.Interval(mean, -np.inf, np.inf)
+    half = float(stats.t.ppf(1 - alpha / 2, n - 1) * np.sqrt(n / (n - 1) * (sums_U**2).sum()) / len(values_A))
+    return metrics.Interval(mean, mean - half, mean + half)
 
 
 def _losses(examples: Examples, logits_MT: np.ndarray, at: np.ndarray, task: int) -> np.ndarray:
@@ -530,7 +555,7 @@ def transfer(
         check,
     )
     if rung == "auto":
-        networks = {name: climb(task) for name, climb in RUNGS.items()}
+        networks = climb_all(task)
         everything = np.arange(len(own))
         choice = choose(own, {name: logits(network, own, everything) for name, network in networks.items()})
         name, reasons, network = choice.rung, choice.reasons, networks[choice.rung]
