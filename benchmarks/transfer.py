@@ -440,12 +440,12 @@ def text(by: dict, figures: dict) -> str:
         "A target's labelled users have a label to learn from or to choose by: "
         + ", ".join(f"{name} {n:,}" for name, n in figures["labelled"].items())
         + f". A draw takes a share of them, at least {LEAST_USERS}; of their train anchors a rung learns, by their "
-        "validation anchors everything is chosen, and no other label of the target is seen. All test anchors of the target are judged. "
+        "validation anchors everything is chosen; no other label of the target is seen. All its test anchors are judged. "
         f"{figures['draws']} draws, the same users for every rung and baseline ({DRAWS_HEAVY} draws for *pooled* and "
         f"*adversarial*, which train on {HEAVY_USERS} users of the other platforms anew each time; on all at 100 %). "
         "The source is one network for all draws, of the other three platforms, with one shared head. All learn from the "
         "target's standardisation by the drawn users' own events; only *renormalise* sees unlabelled events of the target's "
-        "other users (before its validation). *auto* takes the lowest calibrated log-loss in sum over the heads unless a "
+        "other users (before its validation). *auto* takes the greatest AUC in sum over the heads, on validation, unless a "
         "head is significantly worse than from scratch. *best unguarded* is the same without the guard, never scratch. "
         "*exactly*: the true share where it is fewer users. Macro AUC "
         "over the target's cells; intervals are over test users and draws.",

@@ -6,7 +6,7 @@
     rung            changes, of the source                                               learns from
     scratch         all, anew                                                            the target's users
     pooled          all, anew                                                            every platform together
-    finetune_head   the target's rows of the heads                                       the target's users
+    finetune_head   the target's rows of the binary heads                                the target's users
     finetune        the body, the target's rows of heads and platform table              the target's users
     interpolate     the same; θ' = α θ_source + (1 − α) θ_finetuned, an α for each block  α: the validation
     adapter         the target's rows of the heads: W (f + U D f), U D of low rank, folded into W
@@ -37,17 +37,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models.config import FoldConfig
 from models.scorer import Model
-from models.student import Columns, Student, StudentConfig
+from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_scan
 from trainer import metrics
 from trainer.examples import Check, Examples, check_loss
 from trainer.fit import Fitted, Network, Schedule, fit, logits, of_users_with, put
-from trainer.train import Trained, _calibrate, _category_targets, affine, start_at_base_rates
+from trainer.train import Trained, _calibrate, _category_targets, start_at_base_rates
 
 RANK = 4
 """Of a low-rank change."""
@@ -62,6 +61,8 @@ BLOCKS: dict[str, tuple[str, ...]] = {
 """What `interpolate` chooses an α for."""
 LEAST_STEPS, MOST_EPOCHS = 80, 40
 """Few users make few batches: epochs are repeated until there are so many steps."""
+RIDGES = (10.0, 100.0, 1000.0)
+"""Pull of a new head towards the shared one, in units of labels."""
 REVERSED = 0.1
 """How much of the critic's gradient, reversed, reaches the body."""
 
@@ -287,11 +288,61 @@ def _checked_on(examples: Examples, row: int) -> Examples:
 
 
 def finetune_head(task: Task) -> Network:
-    network = copy.deepcopy(task.source)
-    torch.manual_seed(task.schedule.seed)
-    with _rows_only(network, task.row) as parameters:
-        _fit(task, network, parameters, rate=0.5)
+    """The body frozen, a new head is a convex problem: solved to the end, ridge towards the shared head, its strength
+    chosen on validation (the middle one where there is nothing to check by). The gates of the categories stay."""
+    network = copy.deepcopy(task.source).eval()
+    heads = _before_heads(network, task.own)
+    losses = {}
+    for ridge in RIDGES if task.own.check_MT.any() else RIDGES[1:2]:
+        rows = _solve(network, task, heads, ridge)
+        logits_MT = (heads @ (rows[0] + _shared(network)[0]).T + rows[1] + _shared(network)[1]).numpy()
+        losses[ridge] = check_loss(task.own, logits_MT), rows
+        task.check()
+    _, (weight_TK, bias_T) = min(losses.values(), key=lambda pair: pair[0])
+    with torch.no_grad():
+        network.student.head_weight_POK[task.row, :N_LOGITS] = weight_TK[:N_LOGITS]
+        network.student.head_bias_PO[task.row, :N_LOGITS] = bias_T[:N_LOGITS]
+        network.more_weight_PXK[task.row] = weight_TK[N_LOGITS:]
+        network.more_bias_PX[task.row] = bias_T[N_LOGITS:]
     return network
+
+
+@torch.no_grad()
+def _before_heads(network: Network, examples: Examples) -> Tensor:
+    """(M, K) what every head is linear in."""
+    student = network.student
+    x_NF, e_NE, a_NH, b_NH = student.encode(examples.columns)
+    return student.before_heads(linear_scan(a_NH, b_NH, torch.from_numpy(examples.starts_M)), x_NF, e_NE)
+
+
+def _shared(network: Network) -> tuple[Tensor, Tensor]:
+    """The shared head's weight (T, K) and bias (T,)."""
+    student = network.student
+    weight = torch.cat([student.head_weight_POK[0, :N_LOGITS], network.more_weight_PXK[0]]).detach()
+    return weight, torch.cat([student.head_bias_PO[0, :N_LOGITS], network.more_bias_PX[0]]).detach()
+
+
+def _solve(network: Network, task: Task, z_MK: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """→ the target's rows (T, K) and (T,) that minimise the sum of the labels' log-losses + ½ ridge |rows|²."""
+    learn_MT = torch.from_numpy(task.own.learn_MT)
+    of = learn_MT.any(dim=1)
+    z_NK, learn_NT, y_NT = z_MK[of], learn_MT[of].float(), torch.from_numpy(task.own.y_MT)[of]
+    weight_TK, bias_T = _shared(network)
+    start_NT = z_NK @ weight_TK.T + bias_T
+    own_TK = torch.zeros_like(weight_TK, requires_grad=True)
+    own_T = torch.zeros_like(bias_T, requires_grad=True)
+    optimiser = torch.optim.LBFGS([own_TK, own_T], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        logits_NT = start_NT + z_NK @ own_TK.T + own_T
+        losses_NT = nn.functional.binary_cross_entropy_with_logits(logits_NT, y_NT, reduction="none")
+        total = (losses_NT * learn_NT).sum() + 0.5 * ridge * (own_TK**2).sum() + 0.5 * own_T.square().sum()
+        total.backward()
+        return total
+
+    optimiser.step(loss)
+    return own_TK.detach(), own_T.detach()
 
 
 def finetune(task: Task) -> Network:
@@ -468,45 +519,41 @@ class Choice(NamedTuple):
     """What would be taken without the guard and without scratch: the best in sum."""
 
 
-def choose(own: Examples, logits_of: Mapping[str, np.ndarray]) -> Choice:
-    """The rung with the lowest log-loss in sum over the heads, on the examples to check by, calibrated there as they
-    would be served; one that is significantly worse than `scratch` on a head is out, and where none is better in sum it
-    is `scratch`. `logits_of`: rung → (M, T) of `own`, `scratch` among them. With nothing to check by it is `scratch`."""
-    gains, reasons, allowed = {}, {}, {}
-    tasks = [task for task in range(len(own.tasks)) if own.check_MT[:, task].any()]
-    for name, logits_MT in logits_of.items():
+def choose(own: Examples, logits_of: Mapping[str, np.ndarray], draws: int = 200) -> Choice:
+    """The rung with the greatest AUC in sum over the heads, on the examples to check by; one that is significantly worse
+    than `scratch` on a head (paired, user-clustered) is out, and where none is better in sum it is `scratch`.
+    `logits_of`: rung → (M, T) of `own`, `scratch` among them. With nothing to check by it is `scratch`.
+
+    By AUC, since a calibration follows: of a hundred labels the log-loss says most about who is near the base rate."""
+    reasons, gains, allowed = {}, {}, {}
+    heads = {}
+    for task, title in enumerate(own.tasks):
+        at = np.flatnonzero(own.check_MT[:, task])
+        y_A = own.y_MT[at, task]
+        if len(at) and y_A.min() < y_A.max():
+            heads[title] = task, at, y_A, metrics.Resamples(own.user_M[at], draws)
+    known = {
+        name: {title: _auc(logits_MT[at, task], y_A, drawn) for title, (task, at, y_A, drawn) in heads.items()}
+        for name, logits_MT in logits_of.items()
+    }
+    for name in logits_of:
         if name == "scratch":
             continue
-        heads = {}
-        for task in tasks:
-            at = np.flatnonzero(own.check_MT[:, task])
-            less_A = _losses(own, logits_of["scratch"], at, task) - _losses(own, logits_MT, at, task)
-            heads[own.tasks[task]] = clustered(less_A, own.user_M[at], 0.05 / len(tasks))
-        worse = [title for title, gain in heads.items() if gain.high < 0]
-        gains[name] = float(sum(gain.value for gain in heads.values()))
+        more = {
+            title: metrics.interval(value - known["scratch"][title][0], drawn - known["scratch"][title][1])
+            for title, (value, drawn) in known[name].items()
+        }
+        worse = [title for title, gain in more.items() if gain.high < 0]
+        gains[name] = float(sum(gain.value for gain in more.values()))
         allowed[name] = gains[name] > 0 and not worse
         verdict = "allowed" if allowed[name] else f"worse on {', '.join(worse)}" if worse else "no better in sum"
-        reasons[name] = f"{verdict}: log-loss {-gains[name]:+.4f} in sum over {len(heads)} heads"
+        reasons[name] = f"{verdict}: AUC {gains[name]:+.4f} in sum over {len(more)} heads"
     best = max((name for name in gains if allowed[name]), key=gains.__getitem__, default="scratch")
     return Choice(best, reasons, max(gains, key=gains.__getitem__, default="scratch"))
 
 
-def clustered(values_A: np.ndarray, user_A: np.ndarray, alpha: float) -> metrics.Interval:
-    """The mean and its interval at level 1 − `alpha`, clustered by user, by Student's t: with a dozen users the percentiles
-    of a bootstrap are too narrow. Unbounded for one user."""
-    mean = float(values_A.mean())
-    sums_U = np.bincount(np.unique(user_A, return_inverse=True)[1], values_A - mean)
-    n = len(sums_U)
-    if n < 2:
-        return metrics.Interval(mean, -np.inf, np.inf)
-    half = float(stats.t.ppf(1 - alpha / 2, n - 1) * np.sqrt(n / (n - 1) * (sums_U**2).sum()) / len(values_A))
-    return metrics.Interval(mean, mean - half, mean + half)
-
-
-def _losses(examples: Examples, logits_MT: np.ndarray, at: np.ndarray, task: int) -> np.ndarray:
-    y_A, z_A = examples.y_MT[at, task], logits_MT[at, task]
-    slope, offset = affine(z_A, y_A, (1.0, 0.0))
-    return metrics.log_losses(y_A, 1.0 / (1.0 + np.exp(-(slope * z_A + offset))))
+def _auc(logits_A: np.ndarray, y_A: np.ndarray, resamples: metrics.Resamples) -> tuple[float, np.ndarray]:
+    return metrics.auc(y_A, logits_A), resamples.auc(y_A, logits_A)
 
 
 class Transferred(NamedTuple):
