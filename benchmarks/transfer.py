@@ -37,12 +37,12 @@ from trainer.transfer import RUNGS, Task, adopt, choose, climb_all, pretrain, su
 TARGETS = ("retailrocket", "taobao")
 FRACTIONS = (0.01, 0.05, 0.10, 1.0)
 LEAST_USERS = 50
-DRAWS, DRAWS_HEAVY = 20, 5
-"""Draws of users; of the rungs that are not in LIGHT."""
-LIGHT = ("scratch", "finetune_head", "finetune", "interpolate", "renormalise")
-"""Of every draw; what `auto` chooses among."""
-HEAVY_USERS = 600
-"""Of the other platforms, drawn anew each time, that `pooled` and `adversarial` see beside a few of the target."""
+LIGHT = ("scratch", "finetune_head", "renormalise")
+"""Rungs of every draw, and what `auto` chooses among here."""
+DRAWS, DRAWS_OTHERS = 20, 2
+"""Draws of users; of the rungs that are not in LIGHT, which cost ten times as much."""
+REST_USERS = 600
+"""Of the other platforms, drawn anew each time, that `pooled` and `adversarial` see beside the target's."""
 SOURCE, DROPOUT = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=3), 0.3
 FEW = Schedule(epochs=4, batch_events=4096, rate=2e-3, patience=3)
 RESAMPLES = 100
@@ -132,44 +132,53 @@ def _source(bench: Bench, name: str, rest: Examples) -> tuple[Network, np.ndarra
 # ── one draw ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def draw_of(at: Ground, users: int, draw: int) -> Draw:
-    """Trains every rung and baseline on so many of the target's labelled users, and judges them on its test anchors."""
+def draw_of(at: Ground, users: int, draw: int, light: bool) -> Draw:
+    """Trains on so many of the target's labelled users and judges on its test anchors: the rungs in LIGHT, what `auto` takes
+    of them and the baselines; or the other rungs."""
     rng = np.random.default_rng([at.row, users, draw])
     chosen = rng.choice(at.labelled, users, replace=False) if users < len(at.labelled) else at.labelled
     own = subset(at.own, np.flatnonzero(np.isin(at.own.user_M, chosen)))
-    everybody = users == len(at.labelled)
-    rest, q_rest = at.rest, at.q_rest
-    if not everybody:
-        few = rng.choice(np.unique(rest.user_M), HEAVY_USERS, replace=False)
-        place = np.flatnonzero(np.isin(rest.user_M, few))
-        rest, q_rest = subset(rest, place), q_rest[place]
+    few = rng.choice(np.unique(at.rest.user_M), REST_USERS, replace=False)
+    place = np.flatnonzero(np.isin(at.rest.user_M, few))
+    rest, q_rest = subset(at.rest, place), at.q_rest[place]
     q_own = np.zeros((len(own), q_rest.shape[1]), np.float32)
-    source = adopt(at.source, at.row, own)
     schedule = FEW._replace(seed=draw)
-    task = Task(at.row, source, own, rest, at.unlabelled_NF, q_own, q_rest, schedule, DROPOUT)
-    networks = climb_all(task, LIGHT)
-    checked = {name: logits(network, own, np.arange(len(own))) for name, network in networks.items()}
-    choice = choose(own, checked)
-    if draw < DRAWS_HEAVY:
-        networks |= climb_all(task, [name for name in RUNGS if name not in (*LIGHT, "pooled")])
+    task = Task(at.row, adopt(at.source, at.row, own), own, rest, at.unlabelled_NF, q_own, q_rest, schedule, DROPOUT)
+    ys = [at.test.y_MT[place, t] for t, place in zip(at.tasks, at.anchors, strict=True)]
+    picked = unguarded = ""
+    resampled = {}
+    if light:
+        networks = climb_all(task, LIGHT)
+        choice = choose(own, {name: logits(network, own, np.arange(len(own))) for name, network in networks.items()})
+        said = {name: _on_test(at, network) for name, network in networks.items()} | _baselines(at, own)
+        picked, unguarded = choice.rung, choice.unguarded
+        said["auto"], said["unguarded"] = said[picked], said[unguarded]
+        for name, zs in said.items():
+            same = next((other for other in resampled if said[other] is zs), None)
+            resampled[name] = resampled[same] if same else _resampled(at, ys, zs)
+    else:
+        networks = climb_all(task, [name for name in RUNGS if name not in (*LIGHT, "pooled")])
         networks["pooled"] = RUNGS["pooled"](task._replace(schedule=SOURCE._replace(seed=draw)))
-    said = {name: _on_test(at, network) for name, network in networks.items()}
-    said["auto"], said["unguarded"] = said[choice.rung], said[choice.unguarded]
-    said |= {name: [] for name in BASELINES}
+        said = {name: _on_test(at, network) for name, network in networks.items()}
+    auc = {name: [metrics.auc(y, z) for y, z in zip(ys, zs, strict=True)] for name, zs in said.items()}
+    learned = len(np.unique(own.user_M[own.learn_MT.any(axis=1)]))
+    return Draw(len(chosen), learned, auc, resampled, picked, unguarded)
+
+
+def _baselines(at: Ground, own: Examples) -> dict[str, list[np.ndarray]]:
+    """On the target's drawn users alone; says nothing of a cell whose labels are all alike."""
+    x, to = own.columns.features_NF.numpy(), at.test.columns.features_NF.numpy()
+    said: dict[str, list[np.ndarray]] = {name: [] for name in BASELINES}
     for t, place in zip(at.tasks, at.anchors, strict=True):
-        x, y, learn = own.columns.features_NF.numpy(), own.y_MT[:, t], own.learn_MT[:, t]
+        y, learn = own.y_MT[:, t], own.learn_MT[:, t]
         both = learn.any() and y[learn].min() < y[learn].max()
         for name, fit in zip(BASELINES, (boosting.fit_logistic, boosting.fit_boosting), strict=True):
-            to = at.test.columns.features_NF.numpy()[place]
-            said[name].append(fit(x[learn], y[learn])(to) if both else np.zeros(len(to), np.float32))
-    ys = [at.test.y_MT[place, t] for t, place in zip(at.tasks, at.anchors, strict=True)]
-    auc = {name: [metrics.auc(y, z) for y, z in zip(ys, zs, strict=True)] for name, zs in said.items()}
-    resampled = {
-        name: [r.auc(y, z).tolist() for r, y, z in zip(at.resamples, ys, said[name], strict=True)]
-        for name in ("scratch", "auto", "unguarded", *BASELINES)
-    }
-    learned = len(np.unique(own.user_M[own.learn_MT.any(axis=1)]))
-    return Draw(len(chosen), learned, auc, resampled, choice.rung, choice.unguarded)
+            said[name].append(fit(x[learn], y[learn])(to[place]) if both else np.zeros(len(place), np.float32))
+    return said
+
+
+def _resampled(at: Ground, ys: list[np.ndarray], zs: list[np.ndarray]) -> list[list[float]]:
+    return [r.auc(y, z).tolist() for r, y, z in zip(at.resamples, ys, zs, strict=True)]
 
 
 def _on_test(at: Ground, network: Network) -> list[np.ndarray]:
@@ -181,19 +190,26 @@ _GROUND: dict[str, Ground] = {}
 """For the processes that do the draws: they inherit it."""
 
 
-def _draw_job(name: str, users: int, draw: int, path: Path) -> None:
+Job = tuple[str, int, int, bool]
+"""Target, users, draw, light."""
+
+
+def _draw_job(name: str, users: int, draw: int, light: bool, path: Path) -> None:
     torch.set_num_threads(1)
-    done = draw_of(_GROUND[name], users, draw)
+    done = draw_of(_GROUND[name], users, draw, light)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(done._asdict()))
     os.replace(temporary, path)
 
 
-def draws_of(bench: Bench, grounds: dict[str, Ground], jobs: list[tuple[str, int, int]]) -> dict[tuple[str, int, int], Draw]:
-    """(target, users, draw) → what was found, from the cache where it is there; on as many processes as threads."""
+def draws_of(bench: Bench, grounds: dict[str, Ground], jobs: list[Job]) -> dict[Job, Draw]:
+    """What was found, from the cache where it is there; on as many processes as threads."""
     code = (ROOT / "trainer" / "transfer.py").read_text() + Path(__file__).read_text().split("# ── figures")[0]
     key = f"{bench.key}-{hashlib.sha256(code.encode()).hexdigest()[:8]}"
-    paths = {job: bench.cache / f"transfer-{job[0]}-{job[1]}-{job[2]}-{key}.json" for job in jobs}
+    paths = {
+        job: bench.cache / f"transfer-{job[0]}-{job[1]}-{job[2]}-{'light' if job[3] else 'others'}-{key}.json"
+        for job in jobs
+    }
     missing = [job for job in jobs if not paths[job].exists()]
     if missing:
         _GROUND.update(grounds)
@@ -317,18 +333,17 @@ def measure(bench: Bench, quick: bool) -> Section:
     grounds = {name: ground(bench, name) for name in TARGETS}
     users = {name: sizes(len(at.labelled)) for name, at in grounds.items()}
     jobs = [
-        (name, n, draw)
-        for draw in range(count)
+        (name, n, draw, light)
+        for light in (True, False)
+        for whole in (False, True)
+        for draw in range(count if light else min(count, DRAWS_OTHERS))
         for name, of in users.items()
         for n in dict.fromkeys(of.values())
-        if n < len(grounds[name].labelled) or not draw
+        if whole == (n == len(grounds[name].labelled)) and not (whole and draw)
     ]
     found = draws_of(bench, grounds, jobs)
     by = {
-        share: {
-            name: [found[job] for job in jobs if job[:2] == (name, of.get(share, of[share.split()[0]]))]
-            for name, of in users.items()
-        }
+        share: {name: merged(found, name, of.get(share, of[share.split()[0]])) for name, of in users.items()}
         for share in dict.fromkeys(share for of in users.values() for share in of)
     }
     zero = {name: zero_shot(at) for name, at in grounds.items()}
@@ -353,11 +368,22 @@ def measure(bench: Bench, quick: bool) -> Section:
         "hurt": {f"{share} {which}": hurt(of, which) for share, of in by.items() for which in ("auto", "unguarded")},
         "likeness": alike,
         "draws": count,
+        "draws_others": min(count, DRAWS_OTHERS),
     }
     PLOTS.mkdir(exist_ok=True)
     plot_ladder(figures, PLOTS / "transfer-ladder.svg")
     plot_likeness(figures, PLOTS / "transfer-similarity.svg")
     return Section(bars(by, figures), figures, text(by, figures))
+
+
+def merged(found: dict[Job, Draw], name: str, users: int) -> list[Draw]:
+    """The draws of so many users, the other rungs' figures beside those of the light ones."""
+    out = []
+    for (target, n, draw, light), one in found.items():
+        if light and (target, n) == (name, users):
+            others = found.get((target, n, draw, False))
+            out.append(one._replace(auc=one.auc | others.auc) if others else one)
+    return out
 
 
 def zero_shot(at: Ground) -> dict[str, dict]:
@@ -441,8 +467,9 @@ def text(by: dict, figures: dict) -> str:
         + ", ".join(f"{name} {n:,}" for name, n in figures["labelled"].items())
         + f". A draw takes a share of them, at least {LEAST_USERS}; of their train anchors a rung learns, by their "
         "validation anchors everything is chosen; no other label of the target is seen. All its test anchors are judged. "
-        f"{figures['draws']} draws, the same users for every rung and baseline ({DRAWS_HEAVY} draws for *pooled* and "
-        f"*adversarial*, which train on {HEAVY_USERS} users of the other platforms anew each time; on all at 100 %). "
+        f"{figures['draws']} draws, the same users for every rung and baseline; {figures['draws_others']} draws for the rungs "
+        f"other than {', '.join(LIGHT)}. *pooled* and *adversarial* see {REST_USERS} users of the other platforms, drawn anew "
+        "each time (pooled over all users of all platforms: the student of the main table). "
         "The source is one network for all draws, of the other three platforms, with one shared head. All learn from the "
         "target's standardisation by the drawn users' own events; only *renormalise* sees unlabelled events of the target's "
         "other users (before its validation). *auto* takes the greatest AUC in sum over the heads, on validation, unless a "
