@@ -7,9 +7,10 @@ import pytest
 import torch
 from synthetic_history import make_history
 
+from models.artifact import load, publish
 from models.config import FoldConfig, HorizonsConfig
 from models.fold import N_FEATURES
-from models.scorer import Model
+from models.scorer import Model, identity_calibration
 from models.student import Student, StudentConfig
 from trainer import transfer as ladder
 from trainer.examples import gate_start, heads_of, make_examples, replay
@@ -198,6 +199,29 @@ def test_transfer_gives_a_model_that_can_be_served(examples, config, history, ru
     assert isinstance(out.trained.model, Model) and out.trained.kind == "major"
     assert np.isfinite(out.trained.model.calibration_P32).all() and out.trained.fitted.check_loss < 1.0
     assert out.rung == rung if rung != "auto" else out.rung in RUNGS and set(out.reasons) == set(RUNGS) - {"scratch"}
+
+
+def test_a_transferred_model_is_published_and_read_back(tmp_path, networks, config):
+    for name in ("lora", "adapter"):
+        model = Model("candidate", config, networks[name].student, None, identity_calibration(2), FOLD)
+        version = publish(
+            str(tmp_path), "m", model, metrics={}, training_range={}, reference_histograms={}, fold=FOLD, now_ms=0
+        )  # fmt: skip
+        read = load(str(tmp_path), "m", version, fold=FOLD, size="cpu")
+        for key, tensor in networks[name].student.state_dict().items():
+            assert torch.equal(read.student.state_dict()[key], tensor), (name, key)
+
+
+def test_the_source_is_not_told_which_platform_an_event_is_of(history, config, examples):
+    network = pretrain(examples, np.full((len(examples), 7), 1 / 7, np.float32), config, FEW, dropout=0.1)
+    student = network.student
+    assert not student.platform.weight.any() and not student.head_weight_POK[1:].any()
+    assert student.head_weight_POK[0].any() and student.head_bias_PO[1:, :3].any()
+
+
+def test_without_another_platform_there_is_nothing_to_transfer(task, config, history):
+    with pytest.raises(ValueError, match="both are needed"):
+        transfer(task.own, config, history.categories, FOLD, FEW, target="till", prior_logits_3=np.zeros(3))
 
 
 def test_names_that_there_are_none_of_are_refused(examples, config, history):

@@ -579,14 +579,16 @@ def transfer(
 ) -> Transferred:
     """A major model for the platform `target`: the named rung's, or with `auto` the one that `choose` takes of all. It is
     a `Trained` as `train` gives: the same tables, calibration and shapes. ValueError for a rung or a target that there is
-    none of. The same seed and examples give the same model."""
+    none of, and where one of the two sides has no example. The same seed and examples give the same model."""
     if rung != "auto" and rung not in RUNGS:
         raise ValueError(f"rung {rung!r} is none of auto, {', '.join(RUNGS)}")
     if target not in config.platforms:
         raise ValueError(f"target {target!r} is none of {config.platforms}")
     row = 1 + config.platforms.index(target)
-    table, q_MG = _category_targets(examples, category_names, len(config.platforms))
     of_target, others = np.flatnonzero(examples.platform_M == row), np.flatnonzero(examples.platform_M != row)
+    if not len(of_target) or not len(others):
+        raise ValueError(f"{target!r} has {len(of_target)} examples and the other platforms {len(others)}: both are needed")
+    table, q_MG = _category_targets(examples, category_names, len(config.platforms))
     own, rest = subset(examples, of_target), subset(examples, others)
     source = pretrain(rest, q_MG[others], config, schedule, dropout=dropout, check=check)
     task = Task(
