@@ -185,6 +185,28 @@ def test_the_guard_takes_the_best_in_sum_unless_it_hurts_a_head():
     assert choose(own, {"scratch": z["scratch"], "adapter": z["adapter"]}).rung == "scratch"
 
 
+def test_events_are_ranked_within_their_fold_only():
+    """Copies of a network do not share an intercept: pooled they would look worse than they are."""
+    own, score = checked()
+    fold = own.user_M % 2
+    z = {"scratch": score(0.5, 0.5), "lora": score(0.8, 0.8)}
+    shifted = {name: logits_MT + 100 * fold[:, None].astype(np.float32) for name, logits_MT in z.items()}
+    assert choose(own, shifted, fold) == choose(own, z, fold)
+    assert choose(own, shifted, fold).rung == "lora"
+
+
+def test_few_users_are_judged_by_copies_that_never_saw_them(task, networks, monkeypatch):
+    seen = []
+    monkeypatch.setitem(RUNGS, "scratch", lambda task: seen.append(task.own) or networks["scratch"])
+    some = {name: networks[name] for name in ("scratch", "renormalise")}
+    choice = ladder.choose_fitted(task, some)
+    assert choice.rung in some and len(seen) == ladder.FOLDS
+    for label in ("learn_MT", "check_MT"):
+        left_out = [set(task.own.user_M[(getattr(task.own, label) & ~getattr(own, label)).any(axis=1)]) for own in seen]
+        assert set.union(*left_out) == set(task.own.user_M[getattr(task.own, label).any(axis=1)])
+        assert not set.intersection(*left_out)
+
+
 def test_with_nothing_to_check_by_it_is_scratch():
     own, score = checked()
     own = dataclasses.replace(own, check_MT=np.zeros_like(own.check_MT))

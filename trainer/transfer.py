@@ -63,6 +63,8 @@ LEAST_STEPS, MOST_EPOCHS = 80, 40
 """Few users make few batches: epochs are repeated until there are so many steps."""
 RIDGES = (10.0, 100.0, 1000.0)
 """Pull of a new head towards the shared one, in units of labels."""
+ENOUGH_USERS, FOLDS = 150, 3
+"""With fewer users to check by, a rung is chosen by every label, cross-fitted."""
 REVERSED = 0.1
 """How much of the critic's gradient, reversed, reaches the body."""
 
@@ -519,23 +521,48 @@ class Choice(NamedTuple):
     """What would be taken without the guard and without scratch: the best in sum."""
 
 
-def choose(own: Examples, logits_of: Mapping[str, np.ndarray], draws: int = 200) -> Choice:
+def choose_fitted(task: Task, networks: Mapping[str, Network]) -> Choice:
+    """`choose` among networks of `task`, on the validation labels where ENOUGH_USERS have some; with fewer, on all labels of
+    the target: each user's are judged by copies that were trained without him, FOLDS of them a rung."""
+    own = task.own
+    everything = np.arange(len(own))
+    if len(np.unique(own.user_M[own.check_MT.any(axis=1)])) >= ENOUGH_USERS:
+        return choose(own, {name: logits(network, own, everything) for name, network in networks.items()})
+    fold_M = np.unique(own.user_M, return_inverse=True)[1] % FOLDS
+    said = {name: np.full(own.y_MT.shape, np.nan, np.float32) for name in networks}
+    for fold in range(FOLDS):
+        mine_M = fold_M == fold
+        rest = dataclasses.replace(
+            own,
+            learn_MT=own.learn_MT & ~mine_M[:, None],
+            check_MT=own.check_MT & ~mine_M[:, None],
+            learn_next_M=own.learn_next_M & ~mine_M,
+        )
+        without = climb_all(task._replace(own=rest), [name for name in networks if name != "renormalise"])
+        for name in networks:
+            at = np.flatnonzero(mine_M)
+            said[name][at] = logits(without.get(name, networks[name]), own, at)
+    return choose(dataclasses.replace(own, check_MT=own.learn_MT | own.check_MT), said, fold_M)
+
+
+def choose(own: Examples, logits_of: Mapping[str, np.ndarray], fold_M: np.ndarray | None = None, draws: int = 200) -> Choice:
     """The rung with the greatest AUC in sum over the heads, on the examples to check by; one that is significantly worse
     than `scratch` on a head (paired, user-clustered) is out, and where none is better in sum it is `scratch`.
-    `logits_of`: rung → (M, T) of `own`, `scratch` among them. With nothing to check by it is `scratch`.
+    `logits_of`: rung → (M, T) of `own`, `scratch` among them. `fold_M`: events are ranked against those of their fold only,
+    since logits of different copies do not compare. With nothing to check by it is `scratch`.
 
     By AUC, since a calibration follows: of a hundred labels the log-loss says most about who is near the base rate."""
     reasons, gains, allowed = {}, {}, {}
-    heads = {}
+    known: dict[str, dict[str, tuple[float, np.ndarray]]] = {name: {} for name in logits_of}
+    fold_M = np.zeros(len(own.user_M), int) if fold_M is None else fold_M
     for task, title in enumerate(own.tasks):
         at = np.flatnonzero(own.check_MT[:, task])
-        y_A = own.y_MT[at, task]
-        if len(at) and y_A.min() < y_A.max():
-            heads[title] = task, at, y_A, metrics.Resamples(own.user_M[at], draws)
-    known = {
-        name: {title: _auc(logits_MT[at, task], y_A, drawn) for title, (task, at, y_A, drawn) in heads.items()}
-        for name, logits_MT in logits_of.items()
-    }
+        parts = [at[fold_M[at] == fold] for fold in np.unique(fold_M[at])]
+        parts = [part for part in parts if np.ptp(own.y_MT[part, task])]
+        if parts:
+            resamples = [metrics.Resamples(own.user_M[part], draws, seed) for seed, part in enumerate(parts)]
+            for name, logits_MT in logits_of.items():
+                known[name][title] = _auc_within(own.y_MT[:, task], logits_MT[:, task], parts, resamples)
     for name in logits_of:
         if name == "scratch":
             continue
@@ -552,8 +579,15 @@ def choose(own: Examples, logits_of: Mapping[str, np.ndarray], draws: int = 200)
     return Choice(best, reasons, max(gains, key=gains.__getitem__, default="scratch"))
 
 
-def _auc(logits_A: np.ndarray, y_A: np.ndarray, resamples: metrics.Resamples) -> tuple[float, np.ndarray]:
-    return metrics.auc(y_A, logits_A), resamples.auc(y_A, logits_A)
+def _auc_within(
+    y_M: np.ndarray, logits_M: np.ndarray, parts: list[np.ndarray], resamples: list[metrics.Resamples]
+) -> tuple[float, np.ndarray]:
+    """AUC over the pairs within each part, and its draws; a draw without pairs in a part has the part's own AUC there."""
+    weights = np.array([float(y_M[part].sum() * (1 - y_M[part]).sum()) for part in parts])
+    values = np.array([metrics.auc(y_M[part], logits_M[part]) for part in parts])
+    drawn = np.stack([r.auc(y_M[part], logits_M[part]) for r, part in zip(resamples, parts, strict=True)])
+    drawn = np.where(np.isnan(drawn), values[:, None], drawn)
+    return float(weights @ values / weights.sum()), weights @ drawn / weights.sum()
 
 
 class Transferred(NamedTuple):
@@ -605,8 +639,7 @@ def transfer(
     )
     if rung == "auto":
         networks = climb_all(task)
-        everything = np.arange(len(own))
-        choice = choose(own, {name: logits(network, own, everything) for name, network in networks.items()})
+        choice = choose_fitted(task, networks)
         name, reasons, network = choice.rung, choice.reasons, networks[choice.rung]
     else:
         name, reasons, network = rung, {}, RUNGS[rung](task)
