@@ -4,8 +4,7 @@
     a draw of the target's labelled users ──────────┴─► every rung, `auto`, baselines ─► AUC on the target's test anchors
 
 A labelled user has a label to learn from or to check by. A draw takes some of them: of their train anchors everything is
-learned, by their validation anchors everything is chosen (early stopping, α, the rung; the rung by all their labels,
-cross-fitted, where they are few); nobody else's label is seen. Each
+learned, by their validation anchors everything is chosen (early stopping, α, the rung); nobody else's label is seen. Each
 draw has the same users for every rung and baseline, by (target, how many, draw), so a run can be resumed draw by draw.
 Knows nothing of the main table.
 """
@@ -33,7 +32,7 @@ from trainer import boosting, metrics
 from trainer.examples import Examples
 from trainer.fit import Network, Schedule, logits
 from trainer.train import _category_targets
-from trainer.transfer import ENOUGH_USERS, RUNGS, Task, adopt, choose_fitted, climb_all, pretrain, subset
+from trainer.transfer import RUNGS, Task, adopt, choose, climb_all, pretrain, subset
 
 TARGETS = ("retailrocket", "taobao")
 FRACTIONS = (0.01, 0.05, 0.10, 1.0)
@@ -152,7 +151,7 @@ def draw_of(at: Ground, users: int, draw: int, light: bool) -> Draw:
     resampled = {}
     if light:
         networks = climb_all(task, LIGHT)
-        choice = choose_fitted(task, networks)
+        choice = choose(own, {name: logits(network, own, np.arange(len(own))) for name, network in networks.items()})
         said = {name: _on_test(at, network) for name, network in networks.items()} | _baselines(at, own)
         picked, unguarded = choice.rung, choice.unguarded
         said["auto"], said["unguarded"] = said[picked], said[unguarded]
@@ -484,8 +483,7 @@ def text(by: dict, figures: dict) -> str:
         "The source is one network for all draws, of the other three platforms, with one shared head. All learn from the "
         "target's standardisation by the drawn users' own events; only *renormalise* sees unlabelled events of the target's "
         "other users (before its validation). *auto* takes the greatest AUC in sum over the heads, on validation "
-        f"(with fewer than {ENOUGH_USERS} users to check by: on all their labels, cross-fitted by user), unless a head is "
-        " significantly worse than from scratch. *best unguarded* is the same without the guard, never scratch. "
+        "unless a head is  significantly worse than from scratch. *best unguarded* is the same without the guard, never scratch. "
         "*exactly*: the true share where it is fewer users. Macro AUC over the target's cells, ± the standard deviation "
         "over draws; intervals are over test users and draws.",
         "",

@@ -64,8 +64,6 @@ LEAST_STEPS, MOST_EPOCHS = 80, 40
 """Few users make few batches: epochs are repeated until there are so many steps."""
 RIDGES = (10.0, 100.0, 1000.0)
 """Pull of a new head towards the shared one, in units of labels."""
-ENOUGH_USERS, FOLDS = 150, 3
-"""With fewer users to check by, a rung is chosen by every label, cross-fitted."""
 GROUPS = 20
 """Of users, at most, in the guard's jackknife."""
 REVERSED = 0.1
@@ -524,49 +522,29 @@ class Choice(NamedTuple):
     """What would be taken without the guard and without scratch: the best in sum."""
 
 
-def choose_fitted(task: Task, networks: Mapping[str, Network]) -> Choice:
-    """`choose` among networks of `task`, on the validation labels where ENOUGH_USERS have some; with fewer, on all labels of
-    the target: each user's are judged by copies that were trained without him, FOLDS of them a rung."""
-    own = task.own
-    everything = np.arange(len(own))
-    if len(np.unique(own.user_M[own.check_MT.any(axis=1)])) >= ENOUGH_USERS:
-        return choose(own, {name: logits(network, own, everything) for name, network in networks.items()})
-    fold_M = np.unique(own.user_M, return_inverse=True)[1] % FOLDS
-    said = {name: np.full(own.y_MT.shape, np.nan, np.float32) for name in networks}
-    for fold in range(FOLDS):
-        mine_M = fold_M == fold
-        rest = dataclasses.replace(
-            own,
-            learn_MT=own.learn_MT & ~mine_M[:, None],
-            check_MT=own.check_MT & ~mine_M[:, None],
-            learn_next_M=own.learn_next_M & ~mine_M,
-        )
-        without = climb_all(task._replace(own=rest), [name for name in networks if name != "renormalise"])
-        for name in networks:
-            at = np.flatnonzero(mine_M)
-            said[name][at] = logits(without.get(name, networks[name]), own, at)
-    return choose(dataclasses.replace(own, check_MT=own.learn_MT | own.check_MT), said, fold_M)
-
-
-def choose(own: Examples, logits_of: Mapping[str, np.ndarray], fold_M: np.ndarray | None = None) -> Choice:
+def choose(own: Examples, logits_of: Mapping[str, np.ndarray]) -> Choice:
     """The rung with the greatest AUC in sum over the heads, on the examples to check by; one that is significantly worse
     than `scratch` on a head (paired, user-clustered, 5 % over all heads) is out, and where none is better in sum it is
-    `scratch`. `logits_of`: rung → (M, T) of `own`, `scratch` among them. `fold_M`: events are ranked against those of their
-    fold only, since logits of different copies do not compare. With nothing to check by it is `scratch`.
+    `scratch`. `logits_of`: rung → (M, T) of `own`, `scratch` among them. With nothing to check by it is `scratch`.
 
-    By AUC, since a calibration follows: of a hundred labels the log-loss says most about who is near the base rate."""
-    heads: dict[str, tuple[int, list[np.ndarray]]] = {}
+    By AUC, since a calibration follows: of a hundred labels the log-loss says most about who is near the base rate. By what
+    is later than all that was learned from: labels of the same days, of users left out, favour whoever learned the days."""
+    heads: dict[str, tuple[int, np.ndarray]] = {}
     for task, title in enumerate(own.tasks):
         at = np.flatnonzero(own.check_MT[:, task])
-        folds = np.zeros(len(at), int) if fold_M is None else fold_M[at]
-        parts = [at[folds == fold] for fold in np.unique(folds)]
-        if any(np.ptp(own.y_MT[part, task]) for part in parts):
-            heads[title] = task, parts
+        if len(at) and np.ptp(own.y_MT[at, task]):
+            heads[title] = task, at
     reasons, gains, allowed = {}, {}, {}
     for name in (name for name in logits_of if name != "scratch"):
         more = {
-            title: _more_auc(own, task, parts, logits_of[name], logits_of["scratch"], 0.05 / len(heads))
-            for title, (task, parts) in heads.items()
+            title: _more_auc(
+                own.y_MT[at, task],
+                logits_of[name][at, task],
+                logits_of["scratch"][at, task],
+                own.user_M[at],
+                0.05 / len(heads),
+            )
+            for title, (task, at) in heads.items()
         }
         worse = [title for title, gain in more.items() if gain.high < 0]
         gains[name] = float(sum(gain.value for gain in more.values()))
@@ -578,28 +556,21 @@ def choose(own: Examples, logits_of: Mapping[str, np.ndarray], fold_M: np.ndarra
 
 
 def _more_auc(
-    own: Examples, task: int, parts: list[np.ndarray], ours_MT: np.ndarray, theirs_MT: np.ndarray, alpha: float
+    y_A: np.ndarray, ours_A: np.ndarray, theirs_A: np.ndarray, user_A: np.ndarray, alpha: float
 ) -> metrics.Interval:
-    """Ours − theirs, over the pairs within each part, and its interval at level 1 − `alpha`: a jackknife over groups of
-    users, Student's t. With a dozen users the percentiles of a bootstrap are much too narrow. Unbounded for one user."""
-    y_M = own.y_MT[:, task]
+    """Ours − theirs and its interval at level 1 − `alpha`: a jackknife over groups of users, Student's t. With a dozen users
+    the percentiles of a bootstrap are much too narrow. Unbounded for one user."""
 
-    def difference(parts: list[np.ndarray]) -> float:
-        total = pairs = 0.0
-        for part in parts:
-            n = float(y_M[part].sum() * (1 - y_M[part]).sum())
-            if n:
-                of = [metrics.auc(y_M[part], z_MT[part, task]) for z_MT in (ours_MT, theirs_MT)]
-                total, pairs = total + n * (of[0] - of[1]), pairs + n
-        return total / pairs if pairs else 0.0
+    def difference(of_A: np.ndarray) -> float:
+        y = y_A[of_A]
+        return metrics.auc(y, ours_A[of_A]) - metrics.auc(y, theirs_A[of_A]) if len(y) and np.ptp(y) else 0.0
 
-    users = np.unique(own.user_M[np.concatenate(parts)])
-    groups = min(len(users), GROUPS)
-    value = difference(parts)
+    value = difference(np.ones(len(y_A), bool))
+    user_A = np.unique(user_A, return_inverse=True)[1]
+    groups = min(int(user_A.max()) + 1, GROUPS)
     if groups < 2:
         return metrics.Interval(value, -np.inf, np.inf)
-    group_of = [np.searchsorted(users, own.user_M[part]) % groups for part in parts]
-    without = [difference([p[g != left] for p, g in zip(parts, group_of, strict=True)]) for left in range(groups)]
+    without = [difference(user_A % groups != left) for left in range(groups)]
     half = stats.t.ppf(1 - alpha / 2, groups - 1) * np.sqrt((groups - 1) * np.var(without))
     return metrics.Interval(value, float(value - half), float(value + half))
 
@@ -653,7 +624,8 @@ def transfer(
     )
     if rung == "auto":
         networks = climb_all(task)
-        choice = choose_fitted(task, networks)
+        everything = np.arange(len(own))
+        choice = choose(own, {name: logits(network, own, everything) for name, network in networks.items()})
         name, reasons, network = choice.rung, choice.reasons, networks[choice.rung]
     else:
         name, reasons, network = rung, {}, RUNGS[rung](task)
