@@ -482,8 +482,8 @@ def text(by: dict, figures: dict) -> str:
         "drawn anew each time (pooled over all users of all platforms: the student of the main table). "
         "The source is one network for all draws, of the other three platforms, with one shared head. All learn from the "
         "target's standardisation by the drawn users' own events; only *renormalise* sees unlabelled events of the target's "
-        "other users (before its validation). *auto* takes the greatest AUC in sum over the heads, on validation "
-        "unless a head is  significantly worse than from scratch. *best unguarded* is the same without the guard, never scratch. "
+        "other users (before its validation). *auto* takes the greatest AUC in sum over the heads, on validation, "
+        "unless a head is significantly worse than from scratch. *best unguarded* is without the guard, never scratch. "
         "*exactly*: the true share where it is fewer users. Macro AUC over the target's cells, ± the standard deviation "
         "over draws; intervals are over test users and draws.",
         "",
