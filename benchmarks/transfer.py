@@ -590,7 +590,7 @@ def plot_ladder(figures: dict, path: Path) -> None:
         axes.set(xscale="log", title=name, xlabel="labelled users of the target", ylabel="macro AUC, test")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, metadata={"Date": None})
+    _save(figure, path)
 
 
 def plot_likeness(figures: dict, path: Path) -> None:
@@ -611,4 +611,12 @@ def plot_likeness(figures: dict, path: Path) -> None:
         axes.set(xlabel=title, ylabel="AUC of the source's regression" if key == "coefficients" else "")
         axes.margins(x=0.35)
         axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Text as text: a tenth of the size."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "transfer"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
