@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks import ablations, datasets, plots, served
+from benchmarks import ablations, datasets, plots, served, transfer
 from benchmarks.baselines import BASELINES, models_of
 from benchmarks.cells import (
     Bench,
@@ -62,6 +62,7 @@ FIGURES = {
 SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {
     "ablations": ablations.measure,
     "served": served.measure,
+    "transfer": transfer.measure,
 }
 """Name → `measure(bench, quick)`: what the main table does not hold, each a module of its own beside this one."""
 

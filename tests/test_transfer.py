@@ -1,0 +1,242 @@
+"""The ladder: each rung changes what it says and nothing else, folds its changes in exactly, and the guard guards."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from synthetic_history import make_history
+
+from models.artifact import load, publish
+from models.config import FoldConfig, HorizonsConfig
+from models.fold import N_FEATURES
+from models.scorer import Model, identity_calibration
+from models.student import Student, StudentConfig
+from trainer import transfer as ladder
+from trainer.examples import gate_start, heads_of, make_examples, replay
+from trainer.fit import Schedule, logits
+from trainer.labels import make_labels
+from trainer.transfer import RUNGS, Task, adopt, choose, pretrain, subset, transfer
+
+FOLD, HORIZONS = FoldConfig(), HorizonsConfig()
+FEW = Schedule(epochs=2)
+HEADS = {"student.head_weight_POK", "student.head_bias_PO"}
+BODY = {
+    f"student.{name}"
+    for name in (
+        "item.weight", "category.weight", "embed.weight", "embed.bias", "recur.weight", "recur.bias", "log_tau_H",
+        "trunk.weight", "trunk.bias",
+    )
+}  # fmt: skip
+CLAIMS = {
+    "finetune_head": (set(), HEADS, "own"),
+    "adapter": (set(), HEADS, "own"),
+    "finetune": (BODY, HEADS | {"student.platform.weight"}, "own"),
+    "interpolate": (BODY, HEADS | {"student.platform.weight"}, "own"),
+    "lora": ({"student.embed.weight", "student.recur.weight", "student.trunk.weight"}, {"student.head_bias_PO"}, "own"),
+    "adversarial": (BODY, HEADS, "shared"),
+    "renormalise": (set(), {"student.feature_mean_PF", "student.feature_std_PF"}, "own"),
+}
+"""Rung → tensors that change as a whole, tensors of which one row changes, and which row."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
+    return make_history(tmp_path_factory.mktemp("history"), 60)
+
+
+@pytest.fixture(scope="module")
+def config(history):
+    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, 2**60))
+
+
+@pytest.fixture(scope="module")
+def examples(history, config):
+    labels = make_labels(history, FOLD, HORIZONS)
+    gate_ms = gate_start(history, labels, HORIZONS, 0.2)
+    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate_ms), config, HORIZONS, gate_ms)
+
+
+@pytest.fixture(scope="module")
+def task(history, config, examples):
+    row = 1 + history.platforms.index("till")
+    of, others = np.flatnonzero(examples.platform_M == row), np.flatnonzero(examples.platform_M != row)
+    own, rest = subset(examples, of), subset(examples, others)
+    q_own, q_rest = np.zeros((len(of), 7), np.float32), np.full((len(others), 7), 1 / 7, np.float32)
+    source = adopt(pretrain(rest, q_rest, config, FEW, dropout=0.1), row, own)
+    return Task(row, source, own, rest, own.columns.features_NF.numpy()[::2], q_own, q_rest, FEW)
+
+
+@pytest.fixture(scope="module")
+def networks(task):
+    return {name: climb(task) for name, climb in RUNGS.items()}
+
+
+def of(network):
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_rung_changes_what_it_claims_and_no_other_byte(task, networks, name):
+    whole, by_row, which = CLAIMS[name]
+    row = task.row if which == "own" else 0
+    before, after = of(task.source), of(networks[name])
+    assert set(before) == set(after)
+    for tensor, value in before.items():
+        now = after[tensor]
+        if tensor in whole:
+            assert name == "interpolate" or not torch.equal(now, value), tensor  # α may be 1 for a block
+        elif tensor in by_row:
+            assert name == "interpolate" or not torch.equal(now[row], value[row]), tensor
+            others = [i for i in range(len(value)) if i != row]
+            assert torch.equal(now[others], value[others]), tensor
+        else:
+            assert torch.equal(now, value), tensor
+
+
+@pytest.mark.parametrize("name", ["scratch", "pooled", "distil_source"])
+def test_what_learns_anew_shares_nothing_with_the_source_but_the_standardisation(task, networks, name):
+    before, after = of(task.source), of(networks[name])
+    for tensor in BODY:
+        assert not torch.equal(after[tensor], before[tensor])
+    for tensor in ("student.feature_mean_PF", "student.feature_std_PF"):
+        assert torch.equal(after[tensor][task.row], before[tensor][task.row])
+
+
+def test_no_rung_touches_the_source(task, history, config):
+    again = adopt(pretrain(task.rest, task.q_rest_MG, config, FEW, dropout=0.1), task.row, task.own)
+    for name, tensor in of(again).items():
+        assert torch.equal(tensor, of(task.source)[name]), name
+
+
+@pytest.mark.parametrize("name", ["finetune_head", "adapter", "renormalise"])
+def test_other_platforms_are_scored_as_before(task, networks, name):
+    everything = np.arange(len(task.rest))
+    assert logits(networks[name], task.rest, everything).tobytes() == logits(task.source, task.rest, everything).tobytes()
+    own = np.arange(len(task.own))
+    assert logits(networks[name], task.own, own).tobytes() != logits(task.source, task.own, own).tobytes()
+
+
+def test_what_comes_out_is_an_ordinary_student(networks):
+    for name, network in networks.items():
+        assert type(network.student) is Student, name
+        fresh = Student(network.student.config)
+        fresh.load_state_dict(network.student.state_dict())
+        assert not any("parametrizations" in key for key in network.state_dict()), name
+
+
+def test_an_adapter_folded_in_says_what_the_adapter_said(task):
+    """f' = f + U D f before the heads, against the folded weights."""
+    torch.manual_seed(0)
+    weight_POK = torch.randn(3, 10, 20)
+    up, down = torch.nn.Parameter(torch.randn(20, 4)), torch.nn.Parameter(torch.randn(4, 20))
+    folded = ladder._Residual(2, up, down)(weight_POK)
+    f_NK = torch.randn(50, 20)
+    adapted_NK = f_NK + (up @ down @ f_NK.T).T
+    said = adapted_NK @ (weight_POK[0] + weight_POK[2]).T
+    torch.testing.assert_close(f_NK @ (folded[0] + folded[2]).T, said, rtol=1e-4, atol=1e-4)
+    assert torch.equal(folded[:2], weight_POK[:2])
+
+
+def test_the_critics_gradient_is_reversed():
+    x = torch.ones(2, 3, requires_grad=True)
+    ladder._Reversed.apply(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 3), -ladder.REVERSED))
+
+
+def test_interpolated_blocks_lie_between_the_source_and_the_finetuned(task, networks):
+    source, tuned, mixed = of(task.source), of(networks["finetune"]), of(networks["interpolate"])
+    for name in (name for block in ladder.BLOCKS.values() for name in block):
+        low, high = torch.minimum(source[name], tuned[name]), torch.maximum(source[name], tuned[name])
+        assert ((mixed[name] >= low - 1e-6) & (mixed[name] <= high + 1e-6)).all(), name
+
+
+def test_a_few_users_train_only_on_their_own(task):
+    """Other users' labels change nothing."""
+    users = np.unique(task.own.user_M)[::2]
+    few = subset(task.own, np.flatnonzero(np.isin(task.own.user_M, users)))
+    assert set(few.user_M) == set(users) and few.starts_M[np.r_[True, np.diff(few.user_M) != 0]].all()
+    assert np.array_equal(
+        few.columns.features_NF.numpy(), task.own.columns.features_NF.numpy()[np.isin(task.own.user_M, users)]
+    )
+
+
+def checked(n_users: int = 40, each: int = 10):
+    """Examples to check by, of which only what `choose` reads is set; and a score of y."""
+    rng = np.random.default_rng(0)
+    m = n_users * each
+    y = (rng.random((m, 2)) < 0.4).astype(np.float32)
+    fields = {field.name: None for field in dataclasses.fields(ladder.Examples)}
+    own = ladder.Examples(
+        **fields | {"user_M": np.repeat(np.arange(n_users), each), "y_MT": y, "tasks": ("a", "b"),
+                    "check_MT": np.ones((m, 2), bool)}
+    )  # fmt: skip
+    return own, lambda *skill: (np.array(skill) * (y - 0.4) + rng.normal(size=y.shape)).astype(np.float32)
+
+
+def test_the_guard_takes_the_best_in_sum_unless_it_hurts_a_head():
+    own, score = checked()
+    z = {"scratch": score(0.5, 0.5), "finetune": score(8.0, 0.0), "lora": score(0.8, 0.8), "adapter": score(0.1, 0.1)}
+    choice = choose(own, z)
+    assert choice.rung == "lora" and choice.unguarded == "finetune"
+    assert choice.reasons["finetune"].startswith("worse on b") and choice.reasons["lora"].startswith("allowed")
+    assert choose(own, {"scratch": z["scratch"], "adapter": z["adapter"]}).rung == "scratch"
+
+
+def test_the_guard_seldom_trips_on_equal_models_of_few_users():
+    rng = np.random.default_rng(0)
+    tripped = 0
+    for _ in range(60):
+        user = np.repeat(np.arange(11), rng.integers(2, 25, 11))
+        taste = rng.normal(0, 1, 11)[user]
+        y = (rng.random(len(user)) < 1 / (1 + np.exp(-taste))).astype(np.float32)
+        ours, theirs = (0.8 * y + rng.normal(0, 1, len(user)) + rng.normal(0, 0.7, 11)[user] for _ in range(2))
+        tripped += ladder._more_auc(y, ours, theirs, user, 0.05).high < 0
+    assert tripped <= 6  # 2.5 % expected; percentiles of a bootstrap: about 15 %
+
+
+def test_with_nothing_to_check_by_it_is_scratch():
+    own, score = checked()
+    own = dataclasses.replace(own, check_MT=np.zeros_like(own.check_MT))
+    assert choose(own, {"scratch": score(1, 1), "lora": score(3, 3)}).rung == "scratch"
+
+
+@pytest.mark.parametrize("rung", ["auto", "adapter"])
+def test_transfer_gives_a_model_that_can_be_served(examples, config, history, rung):
+    out = transfer(
+        examples, config, history.categories, FOLD, FEW, target="till", prior_logits_3=np.zeros(3), rung=rung
+    )  # fmt: skip
+    assert isinstance(out.trained.model, Model) and out.trained.kind == "major"
+    assert np.isfinite(out.trained.model.calibration_P32).all() and out.trained.fitted.check_loss < 1.0
+    assert out.rung == rung if rung != "auto" else out.rung in RUNGS and set(out.reasons) == set(RUNGS) - {"scratch"}
+
+
+def test_a_transferred_model_is_published_and_read_back(tmp_path, networks, config):
+    for name in ("lora", "adapter"):
+        model = Model("candidate", config, networks[name].student, None, identity_calibration(2), FOLD)
+        version = publish(
+            str(tmp_path), "m", model, metrics={}, training_range={}, reference_histograms={}, fold=FOLD, now_ms=0
+        )  # fmt: skip
+        read = load(str(tmp_path), "m", version, fold=FOLD, size="cpu")
+        for key, tensor in networks[name].student.state_dict().items():
+            assert torch.equal(read.student.state_dict()[key], tensor), (name, key)
+
+
+def test_the_source_is_not_told_which_platform_an_event_is_of(history, config, examples):
+    network = pretrain(examples, np.full((len(examples), 7), 1 / 7, np.float32), config, FEW, dropout=0.1)
+    student = network.student
+    assert not student.platform.weight.any() and not student.head_weight_POK[1:].any()
+    assert student.head_weight_POK[0].any() and student.head_bias_PO[1:, :3].any()
+
+
+def test_without_another_platform_there_is_nothing_to_transfer(task, config, history):
+    with pytest.raises(ValueError, match="both are needed"):
+        transfer(task.own, config, history.categories, FOLD, FEW, target="till", prior_logits_3=np.zeros(3))
+
+
+def test_names_that_there_are_none_of_are_refused(examples, config, history):
+    for wrong in ({"target": "nowhere"}, {"target": "till", "rung": "magic"}):
+        with pytest.raises(ValueError, match=r"nowhere|magic"):
+            transfer(examples, config, history.categories, FOLD, FEW, prior_logits_3=np.zeros(3), **wrong)
