@@ -427,7 +427,9 @@ def test_a_relaunch_turns_the_hints_round_from_its_moment_on_and_the_truth_still
     acts = shop & np.isin(events.kind, (sim.VIEW, sim.CLICK))
     ready = [(need[carts & when] == sim.READY).mean() for when in (~after, after)]
     assert ready[0] > 0.5 > ready[1] + 0.3  # those who browse fill baskets now
-    beside = [[(shown & w & (engaged == e)).sum() / (acts & w & (engaged == e)).sum() for e in (0, 2)] for w in (~after, after)]
+    beside = [
+        [(shown & w & (engaged == e)).sum() / (acts & w & (engaged == e)).sum() for e in (0, 2)] for w in (~after, after)
+    ]
     assert beside[0][1] > 3 * beside[0][0] and beside[1][0] > 3 * beside[1][1]
     for head in (0, 1):
         for when in (~after, after):
