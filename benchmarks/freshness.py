@@ -4,8 +4,8 @@
                                        └─► refreshed, every few minutes ◄─┐   ├─► scores of what comes next, then its labels
     labels, once they matured and the watermark says so ──────────────────┘───┘   (test, then train)
 
-At the relaunch (`SimulatorConfig.relaunch_day`) what a shopper does on both shops hints at the opposite of before; behaviour,
-labels and the best AUC stay. A refresh is a minor version's: the recurrence stays bit for bit, so its state is worked out
+At the relaunch (`SimulatorConfig.relaunch_day`) what a shopper does on both shops hints at the opposite of before;
+behaviour, labels and the best AUC stay. A refresh is a minor version's: the recurrence stays bit for bit, so its state is worked out
 once; trunk, heads and calibration learn from labels that had matured by then. The calibration is fitted on a tenth of the
 users who never train.
 
@@ -325,10 +325,10 @@ def measure(bench: Bench, quick: bool) -> Section:
         "## Freshness on the simulator",
         "",
         f"{CONFIG.n_shoppers:,} shoppers; a major model of the first {RELAUNCH:.0f} days; then both shops relaunch "
-        "(`SimulatorConfig.relaunch_day`): acts and impressions hint at the opposite of before. Test, then train: each event "
-        "is scored by the version of its moment and taught once its label has matured (30 min, 1 d, 7 d) and the "
-        f"watermark, an hour late, has passed it. {refreshes} refreshes of {STEPS} steps: every {OFTEN_MIN} min in the first "
-        f"day, then every {SELDOM_MIN}; heads and calibration only, {REPLAY:.0%} of each step from before the relaunch.",
+        "(`SimulatorConfig.relaunch_day`): acts and impressions hint at the opposite of before. Test, then train: each "
+        "event is scored by the version of its moment and taught once its label has matured (30 min, 1 d, 7 d) and the "
+        f"watermark, an hour late, has passed it. {refreshes} refreshes of {STEPS} steps: every {OFTEN_MIN} min in the "
+        f"first day, then every {SELDOM_MIN}; heads and calibration only, {REPLAY:.0%} of each step from before the relaunch.",
         "",
         "| refreshed − frozen, AUC, mean over cells, seven days | point [95 %] |",
         "|---|---|",

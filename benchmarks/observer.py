@@ -28,7 +28,8 @@ _BITS = 17
 
 def expected_truth(user: np.ndarray, ts: np.ndarray, platform: np.ndarray, kind: np.ndarray) -> np.ndarray:
     """(n, 3) P(click), P(purchase), P(return) given each user's events up to and with the event, those of a moment in their
-    order, the act before what is shown beside it. `user`: a number; `ts` ms; `platform`: index into PLATFORMS; `kind`: KIND_CODE."""
+    order, the act before what is shown beside it. `user`: a number; `ts`: ms; `platform`: index into PLATFORMS; `kind`:
+    KIND_CODE."""
     day, ms = np.divmod(ts, sim.DAY_MS)
     tick = day * sim.TICKS_A_DAY + sim.operational_ticks(ms)
     order = np.lexsort((np.arange(len(user)), kind == IMPRESSION, ts, user))
@@ -38,8 +39,9 @@ def expected_truth(user: np.ndarray, ts: np.ndarray, platform: np.ndarray, kind:
     # A moment lies anywhere in its tick: the mean over places.
     purchase, returns = (1.0 - table.mean(axis=0)[everything] for table in (short, long))
     _filter(
-        user[order], tick[order], platform[order].astype(np.int64), kind[order].astype(np.int64), _silence(), sim.stays(), sim.starts(), _moments(),
-        _at_least(), purchase, returns, sim.SPREAD, sim.PROFILE_SHARE, _prior(), sim.CLOYS, seen,
+        user[order], tick[order], platform[order].astype(np.int64), kind[order].astype(np.int64),
+        _silence(), sim.stays(), sim.starts(), _moments(), _at_least(), purchase, returns,
+        sim.SPREAD, sim.PROFILE_SHARE, _prior(), sim.CLOYS, seen,
     )  # fmt: skip
     out = np.empty_like(seen)
     out[order] = seen
@@ -94,7 +96,8 @@ def _prior() -> np.ndarray:
 
 @njit(cache=True)
 def _filter(
-    user, tick, platform, kind, silence, stays, starts, moments, at_least, purchase, returns, spread, profile, prior, cloys, out
+    user, tick, platform, kind, silence, stays, starts, moments, at_least, purchase, returns, spread, profile, prior, cloys,
+    out,
 ):  # fmt: skip
     n_a, n_b, n_em = prior.shape
     v, w = prior.copy(), prior.copy()
@@ -104,7 +107,7 @@ def _filter(
     while i < n:
         p = platform[i]
         first = i == 0 or user[i] != user[i - 1]
-        gap = 0 if first else int(round(tick[i] - tick[i - 1]))
+        gap = 0 if first else round(tick[i] - tick[i - 1])
         if first:
             v[:] = prior
             k_share[:] = profile

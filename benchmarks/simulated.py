@@ -436,9 +436,9 @@ def known(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict
     lines = [
         "## How much of what can be known",
         "",
-        f"{SHOPPERS.n_shoppers:,} shoppers, {DAYS:.0f} days, {len(world.examples):,} events; train, validate and test are days "
-        f"{PARTS}, every event of them an anchor. LightGBM is the better of fixed and tuned in each cell, on test. One seed, "
-        f"{draws} draws of users. *bayes* knows the hidden state.",
+        f"{SHOPPERS.n_shoppers:,} shoppers, {DAYS:.0f} days, {len(world.examples):,} events; train, validate and test are "
+        f"days {PARTS}, every event of them an anchor. LightGBM is the better of fixed and tuned ({TRIALS} random settings) "
+        f"in each cell, on test. One seed, {draws} draws of users. *bayes* knows the hidden state.",
         "",
         table(everybody, names, "auc"),
         "",
@@ -524,8 +524,8 @@ def shifted(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[di
     lines = [
         "## Interest shift on the simulator",
         "",
-        "Label: the category most acted on in the next 7 days was not that of the last 30 (acts on the event's own platform, "
-        "impressions apart; ties are no shift). Anchors: events with at least "
+        "Label: the category most acted on in the next 7 days was not that of the last 30 (acts on the event's own "
+        "platform, impressions apart; ties are no shift). Anchors: events with at least "
         f"{LEAST_BEFORE} acts before and {LEAST_AFTER} after, {known_M.mean():.0%} of all. *served*: the record's "
         "`interest_shift`; *student*, *distilled*: a head that exists while learning. Of these three the bar takes "
         f"*{ours}*, best on the validation days ({', '.join(f'{k} {v:.4f}' for k, v in validation.items())}), and of the "
@@ -580,8 +580,8 @@ def measure(bench: Bench, quick: bool) -> Section:
     parts = {"known": known(world, models, draws), "shift": shifted(world, models, draws)}
     bars = {name: one for part in parts.values() for name, one in part[0].items()}
     intro = (
-        "# The simulator, stated apart\n\nEverything here is simulated (`streams/simulator.py`), and nothing of it is in the "
-        "figures of recorded data. Records pass the platform files, late, out of order, twice and malformed at the "
+        "# The simulator, stated apart\n\nEverything here is simulated (`streams/simulator.py`), and nothing of it is in "
+        "the figures of recorded data. Records pass the platform files, late, out of order, twice and malformed at the "
         "simulator's own rates."
     )
     text = "\n\n".join([intro, *(part[2] for part in parts.values())])
