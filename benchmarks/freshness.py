@@ -5,9 +5,9 @@
     labels, once they matured and the watermark says so ──────────────────┘───┘   (test, then train)
 
 At the relaunch (`SimulatorConfig.relaunch_day`) what a shopper does on both shops hints at the opposite of before;
-behaviour, labels and the best AUC stay. A refresh is a minor version's: the recurrence stays bit for bit, so its state is worked out
-once; trunk, heads and calibration learn from labels that had matured by then. The calibration is fitted on a tenth of the
-users who never train.
+behaviour, labels and the best AUC stay. A refresh is a minor version's: the recurrence stays bit for bit, so its state is
+worked out once; trunk, heads and calibration learn from labels that had matured by then. The calibration is fitted on a
+tenth of the users, who never train.
 
 Shapes: N events from KEEP on, T tasks (click, purchase, return), H hidden units, E width, F features.
 Knows nothing of transport: refreshed means a new version at that instant of event time.
@@ -40,7 +40,7 @@ from trainer.fit import Schedule, optimiser_of
 from trainer.labels import horizons_ms, make_labels
 from trainer.train import MINOR_RATE, affine, train
 
-RELAUNCH, WATCHED = 16.0, 7.0
+RELAUNCH, WATCHED = 16.5, 7.0
 """Days: of the relaunch, and for how many days after it both are watched."""
 CONFIG = SimulatorConfig(n_shoppers=4000, seed=1, relaunch_day=RELAUNCH)
 KEEP = RELAUNCH - 10.0
@@ -328,7 +328,8 @@ def measure(bench: Bench, quick: bool) -> Section:
         "(`SimulatorConfig.relaunch_day`): acts and impressions hint at the opposite of before. Test, then train: each "
         "event is scored by the version of its moment and taught once its label has matured (30 min, 1 d, 7 d) and the "
         f"watermark, an hour late, has passed it. {refreshes} refreshes of {STEPS} steps: every {OFTEN_MIN} min in the "
-        f"first day, then every {SELDOM_MIN}; heads and calibration only, {REPLAY:.0%} of each step from before the relaunch.",
+        f"first day, then every {SELDOM_MIN}; heads and calibration only, {REPLAY:.0%} of each step from before the "
+        "relaunch.",
         "",
         "| refreshed − frozen, AUC, mean over cells, seven days | point [95 %] |",
         "|---|---|",
