@@ -303,6 +303,7 @@ def measure(bench: Bench, quick: bool) -> Section:
     for start, stop in SPANS_H:
         of = (hour_N >= start) & (hour_N < stop)
         aucs = {name: said.auc(name, of, click) for name in said.said}
+        # Of few events there may be one outcome only, on a platform; then nothing can be said.
         share = (aucs["refreshed"] - aucs["frozen"]) / loss
         spans[f"{start:g}–{stop:g} h"] = {"n": int((of & np.isin(said.platform_N, SHOPS)).sum()), **aucs, "regained": share}
     soon = spans["0–0.5 h"]["regained"]
@@ -344,8 +345,9 @@ def measure(bench: Bench, quick: bool) -> Section:
         "| after the relaunch | events | frozen | refreshed | … without replay | bayes | of the loss regained |",
         "|---|---|---|---|---|---|---|",
         *(
-            f"| {span} | {at['n']:,} | {at['frozen']:.4f} | {at['refreshed']:.4f} | {at['refreshed, no replay']:.4f} | "
-            f"{at['bayes']:.4f} | {at['regained']:+.0%} |"
+            f"| {span} | {at['n']:,} | "
+            + " | ".join(_shown(at[name], ".4f") for name in said.said)
+            + f" | {_shown(at['regained'], '+.0%')} |"
             for span, at in spans.items()
         ),
         "",
@@ -360,9 +362,14 @@ def measure(bench: Bench, quick: bool) -> Section:
         "|---|---|---|---|",
         *(f"| {name} | " + " | ".join(f"{v:.4f}" for v in at.values()) + " |" for name, at in forgets.items()),
     ]
+    spans = {span: {k: None if np.isnan(v) else v for k, v in at.items()} for span, at in spans.items()}
     figures = {"by head": {k: list(v) for k, v in by_head.items()}, "without replay": list(other), "click": spans}
     figures |= {"loss": loss, "before the relaunch": forgets, "refreshes": refreshes}
     return Section(bars, figures, "\n".join(lines))
+
+
+def _shown(value: float, form: str) -> str:
+    return "—" if np.isnan(value) else format(value, form)
 
 
 def plot(said: Said, path: Path, hours: float = 12.0) -> None:

@@ -5,8 +5,9 @@
 Bayes' AUC (`streams/simulator.py`) knows the state itself; events only hint at it. This filter knows the simulator's
 numbers and nothing but the events, so its AUC is what a model can reach at best, and Bayes' is not.
 
-Exact for a shopper all of whose sessions are seen (accounts linked, or only one), but for two small things: the state before
-the first event is drawn as the simulator draws it at its start, and events are taken by their time, late ones too.
+Exact for a shopper all of whose sessions are seen (accounts linked, or only one), but for three small things: the state
+before the first event is drawn as the simulator draws it at its start, three silent days earlier; events are taken by their
+time, late ones too; and a moment may lie anywhere in its tick.
 
 Shapes: n events, A × B × 9 hidden states (activity, buyer, engagement · 3 + need), K profiles.
 Knows nothing of models, features or splits.
@@ -22,6 +23,7 @@ from numba import njit
 from models.events import CANCEL, CART, CLICK, FAVORITE, IMPRESSION, PURCHASE, VIEW
 from streams import simulator as sim
 
+_WARM_UP, _SILENT, _GROCER = sim.WARM_UP_TICKS, sim.SILENT_TICKS, sim.GROCER
 _BITS = 17
 """2^17 ticks are half a year of silence."""
 
@@ -111,9 +113,9 @@ def _filter(
         if first:
             v[:] = prior
             k_share[:] = profile
-            quiet = 3 * 720
+            quiet = _WARM_UP
         else:
-            quiet = gap - 1 - 28
+            quiet = gap - 1 - _SILENT
         if not first and quiet < 0:
             for a in range(n_a):
                 for b in range(n_b):
@@ -154,8 +156,8 @@ def _filter(
         stop = i + 1
         while stop < n and user[stop] == user[i] and tick[stop] == tick[i]:
             stop += 1
-        shows = kind[i] == VIEW or kind[i] == CLICK or (p == 2 and kind[i] == PURCHASE)
-        which = 1 if p == 2 else 0
+        shows = kind[i] == VIEW or kind[i] == CLICK or (p == _GROCER and kind[i] == PURCHASE)
+        which = 1 if p == _GROCER else 0
         for at in range(i, stop):
             click = bought = back = weight = 0.0
             for a in range(n_a):

@@ -59,8 +59,8 @@ SHIFT = TASKS.index("shift")
 LEAST_BEFORE, LEAST_AFTER = 5, 3
 """Acts with a category that an anchor of `shift` has in the 30 days up to it and in the 7 days after."""
 PLAIN, PLAIN_DROPOUT = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=2), 0.3
-DISTIL = Schedule(epochs=10, batch_events=4096, rate=3e-3, soft_weight=0.9)
-RESIDUAL = Schedule(epochs=4, batch_events=8192, rate=2e-3, patience=2)
+DISTIL = Schedule(epochs=5, batch_events=4096, rate=3e-3, soft_weight=0.9)
+RESIDUAL = Schedule(epochs=1, batch_events=8192, rate=2e-3)
 LIGHTGBM = ("boosting", "boosting_tuned")
 SHIFT_BASELINES = ("main_share", "entropy", "short_vs_long", "user_rate", "logistic", *LIGHTGBM)
 
@@ -275,6 +275,10 @@ def keyed(bench: Bench, world: World) -> Bench:
     return bench._replace(examples=world.examples, key=code.hexdigest()[:12])
 
 
+def _digest(*settings: object) -> str:
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
+
+
 def boosted(bench: Bench, trials: int) -> dict[str, np.ndarray]:
     """Boosting and logistic regression of every platform × task, cross-fitted; boosting tuned; NaN where no label is."""
     examples = bench.examples
@@ -311,7 +315,7 @@ def transformer(bench: Bench, offset_MT: np.ndarray, schedule: Schedule = RESIDU
         note(f"transformer: epoch {fitted.epochs}, log-loss {fitted.check_loss:.4f}, the offset's {fitted.offset_loss:.4f}")
         return np.where(np.isnan(offset_MT), np.nan, fitted.logits(bench.examples, np.nan_to_num(offset_MT)))
 
-    return cached(bench, "simulated-transformer", make)
+    return cached(bench, f"simulated-transformer-{_digest(schedule)}", make)
 
 
 def student(bench: Bench, history: History, name: str, schedule: Schedule, dropout: float, soft_MT=None) -> np.ndarray:
@@ -326,7 +330,7 @@ def student(bench: Bench, history: History, name: str, schedule: Schedule, dropo
         note(f"{name}: kept epoch {trained.fitted.epochs}, validation log-loss {trained.fitted.check_loss:.4f}")
         return said(trained, bench.examples)
 
-    return cached(bench, f"simulated-{name}", make)
+    return cached(bench, f"simulated-{name}-{_digest(schedule, dropout)}", make)
 
 
 @torch.inference_mode()

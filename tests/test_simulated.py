@@ -73,7 +73,9 @@ def history(rows) -> History:
     user, day, kind, category = (np.array(column) for column in zip(*rows, strict=True))
     events["ts"], events["kind"], events["category"] = (day * DAY_MS).astype(np.int64), kind, category
     zeros = np.zeros(len(rows), np.int32)
-    return History(events, user.astype(np.int32), zeros.astype(np.int16), zeros, np.arange(len(rows)), ["a", "b"], ("p",), {})
+    return History(
+        events, user.astype(np.int32), zeros.astype(np.int16), zeros, np.arange(len(rows)), ["a", "b"], ("p",), {}
+    )
 
 
 def test_interest_shifts_where_another_category_leads_the_week_to_come():
@@ -95,7 +97,9 @@ def test_interest_shifts_where_another_category_leads_the_week_to_come():
 
 
 def test_mixes_that_agree_are_no_distance_apart_and_those_that_share_nothing_are_one():
-    kind = np.dtype([(f"{which}_{what}", t, (3,)) for which in ("short", "long") for what, t in (("category", "u4"), ("weight", "f4"))])
+    kind = np.dtype(
+        [(f"{which}_{what}", t, (3,)) for which in ("short", "long") for what, t in (("category", "u4"), ("weight", "f4"))]
+    )
     views = np.zeros(3, kind)
     views["short_category"], views["long_category"] = (1, 2, 0), ((2, 1, 0), (3, 4, 0), (0, 0, 0))
     views["short_weight"], views["long_weight"] = (0.5, 1.5, 0), ((3, 1, 0), (1, 1, 0), (0, 0, 0))
