@@ -383,5 +383,5 @@ def plot(said: Said, path: Path, hours: float = 12.0) -> None:
             panel.plot((starts + hours / 2) / 24, values, marker="o", markersize=2.5, linewidth=1.2, label=name)
         panel.set(title=head, xlabel="days since the relaunch")
     axes[0].set_ylabel("prequential AUC, mean over platforms")
-    axes[1].legend(fontsize=7.5, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save(figure, path)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ LEAST_BEFORE, LEAST_AFTER = 5, 3
 """Acts with a category that an anchor of `shift` has in the 30 days up to it and in the 7 days after."""
 PLAIN, PLAIN_DROPOUT = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=2), 0.3
 DISTIL = Schedule(epochs=5, batch_events=4096, rate=3e-3, soft_weight=0.9)
-RESIDUAL = Schedule(epochs=1, batch_events=8192, rate=2e-3)
+RESIDUAL, RESIDUAL_DROPOUT = Schedule(epochs=3, batch_events=2048, rate=2e-3), 0.1
 LIGHTGBM = ("boosting", "boosting_tuned")
 SHIFT_BASELINES = ("main_share", "entropy", "short_vs_long", "user_rate", "logistic", *LIGHTGBM)
 
@@ -307,15 +308,23 @@ def boosted(bench: Bench, trials: int) -> dict[str, np.ndarray]:
 
 
 def transformer(bench: Bench, offset_MT: np.ndarray, schedule: Schedule = RESIDUAL) -> np.ndarray:
-    """(M, T) logits: the offset and what the order of a user's events adds."""
+    """(M, T) logits: the offset and what the order of a user's events adds; to `shift`, whose few labels it would learn by
+    heart, nothing."""
 
     def make() -> np.ndarray:
-        config = TransformerConfig.of("cpu", N_FEATURES, PLATFORMS, TASKS, next_item_weight=0.0)
-        fitted = fit_transformer(bench.examples, np.nan_to_num(offset_MT), config, schedule)
+        of = slice(0, len(BINARY_HEADS))
+        examples, told_MT = bench.examples, np.nan_to_num(offset_MT[:, of])
+        labels = {name: getattr(examples, name)[:, of] for name in ("y_MT", "learn_MT", "check_MT")}
+        examples = replace(examples, tasks=BINARY_HEADS, **labels)
+        changes = {"next_item_weight": 0.0, "dropout": RESIDUAL_DROPOUT}
+        config = TransformerConfig.of("cpu", N_FEATURES, PLATFORMS, BINARY_HEADS, **changes)
+        fitted = fit_transformer(examples, told_MT, config, schedule)
         note(f"transformer: epoch {fitted.epochs}, log-loss {fitted.check_loss:.4f}, the offset's {fitted.offset_loss:.4f}")
-        return np.where(np.isnan(offset_MT), np.nan, fitted.logits(bench.examples, np.nan_to_num(offset_MT)))
+        adds_MT = np.zeros_like(offset_MT)
+        adds_MT[:, of] = fitted.logits(examples, told_MT) - told_MT
+        return offset_MT + adds_MT
 
-    return cached(bench, f"simulated-transformer-{_digest(schedule)}", make)
+    return cached(bench, f"simulated-transformer-{_digest(schedule, RESIDUAL_DROPOUT)}", make)
 
 
 def student(bench: Bench, history: History, name: str, schedule: Schedule, dropout: float, soft_MT=None) -> np.ndarray:
