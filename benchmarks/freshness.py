@@ -325,7 +325,7 @@ def measure(bench: Bench, quick: bool) -> Section:
     lines = [
         "## Freshness on the simulator",
         "",
-        f"{CONFIG.n_shoppers:,} shoppers; a major model of the first {RELAUNCH:.0f} days; then both shops relaunch "
+        f"{CONFIG.n_shoppers:,} shoppers; a major model of the first {RELAUNCH:g} days; then both shops relaunch "
         "(`SimulatorConfig.relaunch_day`): acts and impressions hint at the opposite of before. Test, then train: each "
         "event is scored by the version of its moment and taught once its label has matured (30 min, 1 d, 7 d) and the "
         f"watermark, an hour late, has passed it. {refreshes} refreshes of {STEPS} steps: every {OFTEN_MIN} min in the "
@@ -382,6 +382,6 @@ def plot(said: Said, path: Path, hours: float = 12.0) -> None:
             values = [said.auc(name, mask, said.cells((head,))) for mask in masks]
             panel.plot((starts + hours / 2) / 24, values, marker="o", markersize=2.5, linewidth=1.2, label=name)
         panel.set(title=head, xlabel="days since the relaunch")
-    axes[0].set_ylabel("prequential AUC, mean over platforms")
+    axes[0].set_ylabel("AUC, mean over platforms")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save(figure, path)

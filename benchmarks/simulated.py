@@ -339,7 +339,8 @@ def student(bench: Bench, history: History, name: str, schedule: Schedule, dropo
         note(f"{name}: kept epoch {trained.fitted.epochs}, validation log-loss {trained.fitted.check_loss:.4f}")
         return said(trained, bench.examples)
 
-    return cached(bench, f"simulated-{name}-{_digest(schedule, dropout)}", make)
+    taught = () if soft_MT is None else (hashlib.sha256(soft_MT.tobytes()).hexdigest(),)
+    return cached(bench, f"simulated-{name}-{_digest(schedule, dropout, *taught)}", make)
 
 
 @torch.inference_mode()
