@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks import ablations, datasets, plots, served, transfer
+from benchmarks import ablations, datasets, freshness, plots, served, simulated, transfer
 from benchmarks.baselines import BASELINES, models_of
 from benchmarks.cells import (
     Bench,
@@ -63,6 +63,8 @@ SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {
     "ablations": ablations.measure,
     "served": served.measure,
     "transfer": transfer.measure,
+    "simulated": simulated.measure,
+    "freshness": freshness.measure,
 }
 """Name → `measure(bench, quick)`: what the main table does not hold, each a module of its own beside this one."""
 

@@ -141,6 +141,7 @@ EXTRA_LINES = np.array([1.0, 4.0, 10.0])  # by e, of an invoice, beyond the firs
 MOST_LINES = 14
 SHOWN_BESIDE = np.array([0.6, 2.1, 5.2])  # by e, impressions on the page of a view or a click, at the same instant
 MOST_SHOWN = 8
+RELAUNCHED_SHOWN, RELAUNCHED_SHOWN_BESIDE = SHOWN[::-1], SHOWN_BESIDE[::-1]  # once the shops' pages are new
 SHOWN_ALIKE = 0.7  # of those: of the same category, the others of any favourite one
 
 N_A, N_B, N_EM = len(SESSIONS_A_DAY), len(BUYER_SHARE), 9
@@ -364,6 +365,9 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sent twice, the same bytes, within DUPLICATE_MS."""
     malformed_rate: float = 0.002
     """Additional records that must be refused: damaged copies of events, never the only copy."""
+    relaunch_day: float | None = None
+    """Days (UTC) after the start at which both shops' pages are new, all at once: what a shopper does and is shown there
+    hints at the opposite need and engagement. Behaviour, labels and truth stay what they were. None: never."""
     ledger: bool = True
     """Keep the truth. Without it the first event comes half a second sooner and each later one a little."""
 
@@ -372,6 +376,8 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True):
         shares = (self.linked_share, self.late_rate, self.out_of_order_rate, self.duplicate_rate, self.malformed_rate)
         if not all(0.0 <= share <= 1.0 for share in shares) or self.late_rate + self.out_of_order_rate > 1.0:
             raise ConfigError("simulator: shares and rates lie in [0, 1], late_rate + out_of_order_rate too")
+        if self.relaunch_day is not None and not 0.0 <= self.relaunch_day < float("inf"):
+            raise ConfigError("simulator: relaunch_day is a finite number of days, at least 0")
         if not 1 <= self.n_shoppers <= MOST_SHOPPERS or self.seed < 0 or self.start_ms < 0:
             raise ConfigError(f"simulator: needs 1 … {MOST_SHOPPERS} shoppers, a seed and a start of at least 0")
 
@@ -436,10 +442,18 @@ def clock_ms(ticks: np.ndarray) -> np.ndarray:
     return day * DAY_MS + np.interp(rest, passed, np.arange(25) * 3_600_000.0)
 
 
+def operational_ticks(ms: np.ndarray) -> np.ndarray:
+    """ms of the clock since midnight, UTC, at most a day → operational ticks (fractional) since the same midnight."""
+    passed = np.concatenate([[0.0], np.cumsum(SPEED)]) / 24.0 * TICKS_A_DAY
+    return np.interp(ms, np.arange(25) * 3_600_000.0, passed)
+
+
 class Shoppers:
     """The persons, their latent state and their behaviour: all random but what happens to records on their way."""
 
-    def __init__(self, n: int, seed: int) -> None:
+    def __init__(self, n: int, seed: int, relaunch_tick: float = float("inf")) -> None:
+        """`relaunch_tick`: operational, of the clock's midnight; see `SimulatorConfig.relaunch_day`."""
+        self._relaunch_tick = relaunch_tick
         rng = self._rng = np.random.default_rng([seed, 1])
         self.n = n
         self.activity = rng.choice(N_A, n, p=ACTIVITY_SHARE)
@@ -519,14 +533,15 @@ class Shoppers:
         platform, buyer, (e, m) = self._platform[who], self.buyer[who], np.divmod(self._e_m[who], 3)
         m = self._draw(_NEED_CDF[buyer, platform, m])
         bought = rng.random(n) < buys()[buyer, platform, m]
-        kind = np.where(bought, PURCHASE, np.where(platform == GROCER, CANCEL, self._draw(_SHOWN_CDF[m])))
+        relaunched = (self._tick[who] + self.phase_ticks[who] >= self._relaunch_tick).astype(np.int64)
+        kind = np.where(bought, PURCHASE, np.where(platform == GROCER, CANCEL, self._draw(_SHOWN_CDF[relaunched, m])))
         item = self._choose_items(who, kind, m)
         m = np.where(bought, self._draw(_AFTER_CDF[platform, m]), m)
         e = np.minimum(e + (bought & (rng.random(n) < _UPLIFT[platform])), KEEN)
         self._e_m[who] = e * 3 + m
 
         lines = np.where(kind == PURCHASE, np.minimum(rng.poisson(EXTRA_LINES[e], n), MOST_LINES - 1), 0)
-        shown = np.where(kind <= CLICK, np.minimum(rng.poisson(SHOWN_BESIDE[e], n), MOST_SHOWN), 0)
+        shown = np.where(kind <= CLICK, np.minimum(rng.poisson(_SHOWN_BESIDE[relaunched, e], n), MOST_SHOWN), 0)
         extra = np.where(platform == GROCER, lines, shown)
         first = np.concatenate([np.arange(n), np.repeat(np.arange(n), extra)])
         line = np.concatenate([np.ones(n, np.int64), _counts_up(extra) + 2])
@@ -582,7 +597,8 @@ _STAY = np.diagonal(drifts(), axis1=1, axis2=2)
 _LEAVE_CDF = _cdf(drifts() * ~np.eye(N_EM, dtype=bool))
 _SPREAD_CDF = _cdf(SPREAD)
 _NEED_CDF = _cdf(need_moves())
-_SHOWN_CDF = _cdf(SHOWN)
+_SHOWN_CDF = _cdf(np.stack([SHOWN, RELAUNCHED_SHOWN]))
+_SHOWN_BESIDE = np.stack([SHOWN_BESIDE, RELAUNCHED_SHOWN_BESIDE])
 _AFTER_CDF = _cdf(after_purchase())
 _UPLIFT = np.array(UPLIFT)
 _FAVOURITES_CDF = _cdf(FAVOURITES)[:-1]
@@ -710,7 +726,12 @@ class Simulator:
     def __init__(self, config: SimulatorConfig = SimulatorConfig()) -> None:  # noqa: B008 (frozen)
         self.config = config
         n = config.n_shoppers
-        self.shoppers = Shoppers(n, config.seed)
+        self._midnight_ms = config.start_ms // DAY_MS * DAY_MS
+        relaunch_tick = float("inf")
+        if config.relaunch_day is not None:
+            day, ms = divmod(config.start_ms - self._midnight_ms + config.relaunch_day * DAY_MS, DAY_MS)
+            relaunch_tick = float(day * TICKS_A_DAY + operational_ticks(np.float64(ms)))
+        self.shoppers = Shoppers(n, config.seed, relaunch_tick)
         self._rng = np.random.default_rng([config.seed, 2])
         accounts = (SPREAD > 0).sum(1)[self.shoppers.profile]
         self.linked = (accounts > 1) & (self._rng.random(n) < config.linked_share)
@@ -718,7 +739,6 @@ class Simulator:
         numbers = [self._rng.permutation(n) for _ in PLATFORMS]
         self._users = [[raw_user(p, number) for number in numbers[p].tolist()] for p in range(len(PLATFORMS))]
         self._keys = [[user.encode() for user in users] for users in self._users]
-        self._midnight_ms = config.start_ms // DAY_MS * DAY_MS
         self._block_ticks = int(np.clip(TICKS_A_DAY * 8000 // n, 15, 7 * TICKS_A_DAY))
         self._until_tick = -WARM_UP_TICKS
         self._serial = 0
@@ -728,6 +748,10 @@ class Simulator:
         for person in np.flatnonzero(self.linked).tolist():
             for p in np.flatnonzero(SPREAD[self.shoppers.profile[person]]).tolist():
                 yield PLATFORMS[p], self._users[p][person], f"person-{person}"
+
+    def account(self, platform: int, person: int) -> str:
+        """A person's raw user on a platform."""
+        return self._users[platform][person]
 
     def stream(self) -> Iterator[Emitted]:
         """Records in the order of their arrival, without end. One stream a simulator: it takes up where it was left."""

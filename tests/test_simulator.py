@@ -416,3 +416,29 @@ def test_memory_stays_bounded():
         tracemalloc.stop()
     assert last.ts_ms > SimulatorConfig().start_ms + 50 * DAY_MS
     assert seen[2] < seen[0] + 1_000_000
+
+
+def test_a_relaunch_turns_the_hints_round_from_its_moment_on_and_the_truth_still_holds():
+    day = 9.25
+    events, _, truth, labels = sim.matured_sample(SimulatorConfig(n_shoppers=1500, seed=5, relaunch_day=day), 18)
+    after = events.ts >= SimulatorConfig().start_ms + day * DAY_MS
+    shop, (engaged, need) = events.platform != GROCER, np.divmod(events.e_m, 3)
+    carts, shown = shop & (events.kind == sim.CART), shop & (events.kind == sim.IMPRESSION)
+    acts = shop & np.isin(events.kind, (sim.VIEW, sim.CLICK))
+    ready = [(need[carts & when] == sim.READY).mean() for when in (~after, after)]
+    assert ready[0] > 0.5 > ready[1] + 0.3  # those who browse fill baskets now
+    beside = [
+        [(shown & w & (engaged == e)).sum() / (acts & w & (engaged == e)).sum() for e in (0, 2)] for w in (~after, after)
+    ]
+    assert beside[0][1] > 3 * beside[0][0] and beside[1][0] > 3 * beside[1][1]
+    for head in (0, 1):
+        for when in (~after, after):
+            of = shop & when
+            assert truth[of, head].mean() == pytest.approx(labels[of, head].mean(), abs=0.025)
+            assert sim.auc(truth[of, head], labels[of, head]) > 0.68
+
+
+@pytest.mark.parametrize("day", [-1.0, float("nan"), float("inf")])
+def test_a_relaunch_at_no_day_is_refused(day):
+    with pytest.raises(ConfigError):
+        SimulatorConfig(relaunch_day=day)
