@@ -36,7 +36,7 @@ def config(history) -> StudentConfig:
 @pytest.fixture(scope="module")
 def examples(history, config) -> Examples:
     labels = make_labels(history, FOLD, HORIZONS)
-    gate = gate_start(history, labels, HORIZONS, 0.2)
+    gate = gate_start(history, labels, HORIZONS, 0.1)
     return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate.user_U), config, HORIZONS, gate)
 
 
