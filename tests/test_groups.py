@@ -29,14 +29,15 @@ def history(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(history) -> StudentConfig:
-    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, 2**62))
+    gate = gate_start(history, make_labels(history, FOLD, HORIZONS), HORIZONS, 0.2)
+    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate))
 
 
 @pytest.fixture(scope="module")
 def examples(history, config) -> Examples:
     labels = make_labels(history, FOLD, HORIZONS)
-    until_ms = gate_start(history, labels, HORIZONS, 0.2)
-    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=until_ms), config, HORIZONS, until_ms)
+    gate = gate_start(history, labels, HORIZONS, 0.1)
+    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate.user_U), config, HORIZONS, gate)
 
 
 @pytest.fixture(scope="module")
