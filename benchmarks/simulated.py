@@ -297,7 +297,8 @@ def boosted(bench: Bench, trials: int) -> dict[str, np.ndarray]:
         return out
 
     def fixed(x, y, learn, check, user):
-        return np.stack(boosting.cross_fit(x, y, learn, user, bench.threads), axis=1)
+        fits = (boosting.fit_boosting, boosting.fit_logistic)
+        return np.stack([boosting.cross_fit(f, x, y, learn, user, threads=bench.threads).logit_M for f in fits], axis=1)
 
     def tuned(x, y, learn, check, user):
         predict = boosting.fit_tuned(x[learn], y[learn], x[check], y[check], trials=trials, threads=bench.threads)
