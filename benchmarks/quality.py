@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks import datasets
+from benchmarks import datasets, ranking
 from benchmarks.cells import (
     Bench,
     Section,
@@ -59,7 +59,7 @@ DISTIL = Schedule(epochs=12, batch_events=4096, rate=3e-3, soft_weight=0.9)
 """Every epoch: what the teacher says does not overfit as labels do."""
 SHUFFLES = 6
 BASELINES = ("boosting", "boosting_tuned", "logistic")
-SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {}
+SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {"ranking": ranking.measure}
 """Name → `measure(bench, quick)`: what the main table does not hold, each a module of its own beside this one."""
 
 
