@@ -43,8 +43,10 @@ from trainer.train import train
 _NEVER = np.int64(2**62)
 CHUNK = 1024
 FIGURES = {"HR@5": metrics.hit_rates, "NDCG@10": metrics.ndcgs, "MRR@20": metrics.mrrs}
+CHECKED = 4_000
+"""Validation anchors by which baselines are tuned, evenly taken, at most."""
 SESSIONS = ("retailrocket_sessions", "diginetica_sessions")
-LAST_SESSIONS, SCORED_SESSIONS = 100_000, 4_000
+LAST_SESSIONS, SCORED_SESSIONS = 60_000, 2_000
 """Of a file, in its order: so many of the last are used, and of their last fifth so many drawn at random are scored."""
 SPEND = SHIFT = ("online_retail_uk", "complete_journey")
 LEAST_EVENTS = 3
@@ -258,7 +260,7 @@ def counted(stream: Stream) -> tuple[dict[str, Copy], str]:
     """→ the baselines that only count, and what was chosen for them on validation."""
     v, ring = len(stream.hashes_V), stream.ring_NK.shape[1]
     learned = np.flatnonzero(stream.learn_N)
-    check = stream.scored[VALIDATE]
+    check = stream.scored[VALIDATE][:: -(-len(stream.scored[VALIDATE]) // CHECKED)]
 
     def popularity(part: float) -> np.ndarray:
         ts = stream.ts_N[learned]
@@ -346,11 +348,10 @@ def _networks_ranks(stream: Stream, markov: Copy, body: str) -> np.ndarray:
     """(2, n) ranks on test of a network alone, and of its mean with Markov + copy, weighted by validation."""
     v = len(stream.hashes_V)
     check_N = np.zeros(len(stream.at), bool)
-    rng = np.random.default_rng(0)
-    check_N[rng.permutation(stream.scored[VALIDATE])[:4000]] = True
+    check_N[stream.scored[VALIDATE][:: -(-len(stream.scored[VALIDATE]) // CHECKED)]] = True
     test_N = np.zeros(len(stream.at), bool)
     test_N[stream.scored[TEST]] = True
-    settings = Settings(body, epochs=8, batch_events=1024, patience=2)
+    settings = Settings(body, window=16, epochs=4)
     item_N, next_N = stream.own_N + 1, stream.next_N + 1
     network = fit_next(item_N, stream.user_N, next_N, stream.learn_N, check_N, v, settings)
     weights = np.linspace(0.0, 1.0, 6)
@@ -542,7 +543,7 @@ def item_baselines(sessions: Sessions, at: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _item_ranks(sessions: Sessions, scored_N: np.ndarray, body: str) -> np.ndarray:
-    settings = Settings(body, window=20, epochs=6, batch_events=2048, rate=4e-3)
+    settings = Settings(body, window=10, rate=4e-3)
     learn_N, check_N = (sessions.split_N == TRAIN) & (sessions.next_N > 0), _some(sessions, VALIDATE, 500)
     inputs = sessions.item_N, sessions.session_N
     network = fit_next(*inputs, sessions.next_N, learn_N, check_N, sessions.n_items, settings)
