@@ -11,6 +11,7 @@ Knows nothing of the main table's choices but the schedule and the teacher's mem
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from dataclasses import replace
@@ -62,9 +63,9 @@ def measure(bench: Bench, quick: bool) -> Section:
     hidden = student_config(bench.data).hidden
     h_MH, gates_MG = state_MS[:, :hidden], state_MS[:, hidden:]
     table = count(bench, examples)
-    categories = next_category(bench, examples, table, gates_MG, draws, quick)
+    categories = next_category(bench, examples, table, gates_MG, draws)
     cells = binary(bench, h_MH, soft_MT, draws)
-    sessions = next_item(bench, draws, quick)
+    sessions = next_item(bench, draws)
     spent = spend(bench, h_MH, draws)
     shifted = shift(bench, table, gates_MG, draws)
     figures = {"category": categories, "cells": cells, "next_item": sessions, "spend": spent, "shift": shifted}
@@ -73,6 +74,12 @@ def measure(bench: Bench, quick: bool) -> Section:
 
 def _tell(what: str, values: dict[str, float]) -> None:
     note(f"{what}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+
+def _key(what: str, settings: Settings) -> str:
+    """A name in the cache that changes with the networks' code and settings."""
+    code = (datasets.ROOT / "trainer" / "sequences.py").read_bytes() + repr(settings).encode()
+    return f"ranking-{what}-{settings.body}-{hashlib.sha256(code).hexdigest()[:8]}"
 
 
 # ── the student, and pairs that had matured ──────────────────────────────────────────────────────────────────────────
@@ -304,7 +311,7 @@ def counted(stream: Stream) -> tuple[dict[str, Copy], str]:
 
 
 def next_category(
-    bench: Bench, examples: Examples, table: CategoryTable, gates_MG: np.ndarray, draws: int, quick: bool
+    bench: Bench, examples: Examples, table: CategoryTable, gates_MG: np.ndarray, draws: int
 ) -> dict[str, dict]:
     """Platform → n, users, what was chosen, models' figures with draws of NDCG@10, all and where the category changes."""
     out = {}
@@ -314,8 +321,9 @@ def next_category(
         baselines, chosen = counted(stream)
         ranks = {name: copy.ranks(stream, at) for name, copy in baselines.items()}
         for body, title in (("gru", "GRU4Rec-like"), ("attention", "SASRec-like")):
-            name = f"ranking-category-{body}-{platform}-s0"
-            both = cached(bench, name, lambda s=stream, m=baselines["Markov + copy"], b=body: _networks_ranks(s, m, b))
+            network = Settings(body, window=16)
+            name = _key(f"category-{platform}", network)
+            both = cached(bench, name, lambda s=stream, m=baselines["Markov + copy"], n=network: _networks_ranks(s, m, n))
             ranks[title], ranks[f"{title} + Markov + copy"] = both.astype(np.int64)
         ranks["student"] = mixture_ranks(table, stream, examples, gates_MG, at)
         changed_N = stream.next_N[at] != stream.ring_NK[at, 0]
@@ -344,14 +352,13 @@ def mixture_ranks(table, stream: Stream, examples: Examples, gates_MG: np.ndarra
     return np.concatenate(out)
 
 
-def _networks_ranks(stream: Stream, markov: Copy, body: str) -> np.ndarray:
+def _networks_ranks(stream: Stream, markov: Copy, settings: Settings) -> np.ndarray:
     """(2, n) ranks on test of a network alone, and of its mean with Markov + copy, weighted by validation."""
     v = len(stream.hashes_V)
     check_N = np.zeros(len(stream.at), bool)
     check_N[stream.scored[VALIDATE][:: -(-len(stream.scored[VALIDATE]) // CHECKED)]] = True
     test_N = np.zeros(len(stream.at), bool)
     test_N[stream.scored[TEST]] = True
-    settings = Settings(body, window=16, epochs=4)
     item_N, next_N = stream.own_N + 1, stream.next_N + 1
     network = fit_next(item_N, stream.user_N, next_N, stream.learn_N, check_N, v, settings)
     weights = np.linspace(0.0, 1.0, 6)
@@ -368,7 +375,7 @@ def _networks_ranks(stream: Stream, markov: Copy, body: str) -> np.ndarray:
 
     best = int(np.argmax([metrics.ndcgs(rank_N[check_N]).mean() for rank_N in all_ranks(check_N)]))
     rank_WN = all_ranks(test_N)[:, stream.scored[TEST]]
-    note(f"{body}: weight of Markov + copy {weights[best]:.1f}")
+    note(f"{settings.body}: weight of Markov + copy {weights[best]:.1f}")
     return rank_WN[[0, best]]
 
 
@@ -427,7 +434,7 @@ def binary(bench: Bench, h_MH: np.ndarray, soft_MT: np.ndarray, draws: int) -> d
         return boosting.fit_boosting(both_MX[of[learn]], y[learn], threads=bench.threads)(both_MX[of])
 
     models = {
-        name: [cached(bench, f"{name}-s0", lambda b=body: _sequence_logits(bench, b))]
+        name: [cached(bench, _key("cells", Settings(body)), lambda b=body: _sequence_logits(bench, b))]
         for name, body in (("mean_pool", "mean"), ("gru4rec_like", "gru"), ("sasrec_like", "attention"))
     }
     models["boosting"] = [quality.cross_fitted(bench)[0]]
@@ -477,7 +484,7 @@ def read_sessions(path: Path, last: int = LAST_SESSIONS) -> Sessions:
     return Sessions(item_N, session_N, np.where(follows_N, np.roll(item_N, -1), 0), split_N, len(codes))
 
 
-def next_item(bench: Bench, draws: int, quick: bool) -> dict[str, dict]:
+def next_item(bench: Bench, draws: int) -> dict[str, dict]:
     """File → n, sessions, catalogue, models' figures."""
     data = Path(os.environ.get("CROSSCURRENT_DATA") or datasets.ROOT.parent / "shared" / "data")
     out = {}
@@ -491,8 +498,11 @@ def next_item(bench: Bench, draws: int, quick: bool) -> dict[str, dict]:
         at = np.flatnonzero(scored_N)
         ranks = item_baselines(sessions, at)
         for body, title in (("gru", "GRU4Rec-like"), ("attention", "SASRec-like")):
-            key = f"ranking-items-{body}-{name}-s0"
-            ranks[title] = cached(bench, key, lambda s=sessions, m=scored_N, b=body: _item_ranks(s, m, b)).astype(np.int64)
+            network = Settings(body, window=10, rate=4e-3)
+            key = _key(f"items-{name}-{LAST_SESSIONS}-{SCORED_SESSIONS}", network)
+            ranks[title] = cached(bench, key, lambda s=sessions, m=scored_N, n=network: _item_ranks(s, m, n)).astype(
+                np.int64
+            )
         new_N = sessions.next_N[at] != sessions.item_N[at]
         out[name] = {
             "n": len(at),
@@ -542,8 +552,7 @@ def item_baselines(sessions: Sessions, at: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts) for name, parts in out.items()}
 
 
-def _item_ranks(sessions: Sessions, scored_N: np.ndarray, body: str) -> np.ndarray:
-    settings = Settings(body, window=10, rate=4e-3)
+def _item_ranks(sessions: Sessions, scored_N: np.ndarray, settings: Settings) -> np.ndarray:
     learn_N, check_N = (sessions.split_N == TRAIN) & (sessions.next_N > 0), _some(sessions, VALIDATE, 500)
     inputs = sessions.item_N, sessions.session_N
     network = fit_next(*inputs, sessions.next_N, learn_N, check_N, sessions.n_items, settings)

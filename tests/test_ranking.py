@@ -42,7 +42,8 @@ def test_the_time_of_the_next_category_is_strictly_later(seed):
     ts = ts[np.lexsort((ts, user))].astype(np.int64)
     category = rng.integers(0, 2, n).astype(np.uint32)
     expected = [
-        min((ts[j] for j in range(n) if user[j] == user[i] and ts[j] > ts[i] and category[j]), default=2**62) for i in range(n)
+        min((ts[j] for j in range(n) if user[j] == user[i] and ts[j] > ts[i] and category[j]), default=2**62)
+        for i in range(n)
     ]
     assert ranking._next_ts(user, ts, category).tolist() == expected
 
@@ -55,7 +56,9 @@ def stream(n: int = 200, v: int = 9, ring: int = 4, seed: int = 0) -> Stream:
     next_N = np.where(rng.random(n) < 0.7, (ring_NK[:, 0] + 1) % v, rng.integers(0, v, n))
     part = rng.integers(0, 3, n)
     scored = {p: np.flatnonzero(part == p) for p in (VALIDATE, TEST)}
-    return Stream(np.arange(n), np.arange(1, v + 1), ring_NK[:, 0], next_N, ring_NK, part == TRAIN, scored, part * 0, part * 0)
+    return Stream(
+        np.arange(n), np.arange(1, v + 1), ring_NK[:, 0], next_N, ring_NK, part == TRAIN, scored, part * 0, part * 0
+    )
 
 
 def test_ranks_by_the_kernel_are_those_of_the_dense_scores():
@@ -63,10 +66,7 @@ def test_ranks_by_the_kernel_are_those_of_the_dense_scores():
     at = one.scored[TEST]
     for rows in (1, 10):
         copy = Copy(rng.integers(1, 4, (rows, 9)) / 10, np.array([0.3, 0.1, 0.1, 0.0]))
-        if rows == 1:
-            row_N = np.zeros(len(at), int)
-        else:
-            row_N = np.where(one.ring_NK[at, 0] < 0, 9, one.ring_NK[at, 0])
+        row_N = np.where(one.ring_NK[at, 0] < 0, 9, one.ring_NK[at, 0]) if rows > 1 else np.zeros(len(at), int)
         dense_NV = copy.base_RV[row_N]
         for i, r in enumerate(one.ring_NK[at]):
             for k, c in enumerate(r):
