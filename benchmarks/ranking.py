@@ -321,7 +321,7 @@ def next_category(
         baselines, chosen = counted(stream)
         ranks = {name: copy.ranks(stream, at) for name, copy in baselines.items()}
         for body, title in (("gru", "GRU4Rec-like"), ("attention", "SASRec-like")):
-            network = Settings(body, window=16)
+            network = Settings(body, window=16, epochs=6, batch_events=512, rate=3e-3)
             name = _key(f"category-{platform}", network)
             both = cached(bench, name, lambda s=stream, m=baselines["Markov + copy"], n=network: _networks_ranks(s, m, n))
             ranks[title], ranks[f"{title} + Markov + copy"] = both.astype(np.int64)
@@ -438,7 +438,7 @@ def binary(bench: Bench, h_MH: np.ndarray, soft_MT: np.ndarray, draws: int) -> d
         for name, body in (("mean_pool", "mean"), ("gru4rec_like", "gru"), ("sasrec_like", "attention"))
     }
     models["boosting"] = [quality.cross_fitted(bench)[0]]
-    models["boosting_state"] = [cached(bench, "boosting_state-s0", lambda: by_cell(bench, fit))]
+    models["boosting_state"] = [cached(bench, "ranking-boosting_state-s0", lambda: by_cell(bench, fit))]
     models["distilled"] = [student(bench, "distilled", quality.DISTIL, soft_MT)]
     cells = judge(bench, models, draws)
     against = {
