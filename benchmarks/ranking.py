@@ -290,7 +290,7 @@ def counted(stream: Stream) -> tuple[dict[str, Copy], str]:
         return np.concatenate([rows_VV, popular_V[None]])
 
     best, chosen = -1.0, None
-    for smoothing in (10.0, 20.0, 50.0, 100.0, 300.0):
+    for smoothing in (20.0, 50.0, 100.0, 300.0, 1000.0):
         base_RV = markov(smoothing)
         for weight in (0.3, 0.6, 1.0, 1.5, 2.0, 3.0):
             for decay in (0.5, 0.7, 0.8, 0.9, 0.95, 1.0):
@@ -498,7 +498,7 @@ def next_item(bench: Bench, draws: int) -> dict[str, dict]:
         at = np.flatnonzero(scored_N)
         ranks = item_baselines(sessions, at)
         for body, title in (("gru", "GRU4Rec-like"), ("attention", "SASRec-like")):
-            network = Settings(body, window=10, rate=4e-3)
+            network = Settings(body, window=10, epochs=5, batch_events=1024, rate=4e-3)
             key = _key(f"items-{name}-{LAST_SESSIONS}-{SCORED_SESSIONS}", network)
             ranks[title] = cached(bench, key, lambda s=sessions, m=scored_N, n=network: _item_ranks(s, m, n)).astype(
                 np.int64
