@@ -163,3 +163,33 @@ def test_shift_compares_the_main_categories_of_two_windows():
     assert same[2] == 0
     none, _ = ranking.shifts(np.arange(10), days * DAY_MS, category)
     assert np.isnan(none).all()
+
+
+def test_the_page_says_how_many_and_how_sure():
+    figures = {title: 0.3 for title in ranking.FIGURES}
+    of_ranks = {name: one | figures for name, one in cells(0.3, 0.2, 0.1, 0.1)["shop"]["models"].items()}
+    about = {"n": 1234, "users": 56, "base_rate": 0.25, "catalogue": 78}
+    of_cell = {name: {"auc": 0.7, "log_loss": 0.6} for name in ("boosting", "distilled")}
+    binary = {
+        "cells": {("shop", "click"): {"n": 9, "base_rate": 0.5, "models": of_cell}},
+        "models": list(of_cell),
+        "minus_distilled": {"boosting": {"auc": [0.01, -0.02, 0.03], "log_loss": [0.0, 0.0, 0.0]}},
+    }
+    category = {"models": of_ranks, "changed": of_ranks, "in_ring": 0.4, "chosen": "smoothing 20"}
+    items = {"models": {name.replace("Markov + copy", "item Markov"): one for name, one in of_ranks.items()}}
+    page = ranking.text(
+        {
+            "category": {"shop": about | category},
+            "cells": binary,
+            "next_item": {"sessions": about | items},
+            "spend": {"shop": about | {"models": {"mean": {"mse": [1.0, 0.9, 1.1], "minus_lightgbm": [0.1, 0.0, 0.2]}}}},
+            "shift": {"shop": about | {"learned": 7, "models": {"served": {"auc": [0.6, 0.5, 0.7]}}}},
+        },
+        50,
+    )
+    assert page.count("1,234") == 4 and "+0.0100 [-0.0200, +0.0300]" in page and "0.6000 [0.5000, 0.7000]" in page
+    widths = {}
+    for line in page.splitlines():
+        if line.startswith("|"):
+            widths.setdefault(line.count("|"), []).append(line)
+    assert all(len(lines) >= 3 for lines in widths.values())
