@@ -19,18 +19,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from numba import njit
+from safetensors.torch import load_file, save_file
 
 from benchmarks import datasets
 from benchmarks.datasets import CELLS, TASKS, TEST, TRAIN, VALIDATE, DataSet
 from models.artifact import load_prior
 from models.config import FoldConfig
 from models.fold import N_FEATURES
-from models.student import StudentConfig
+from models.scorer import Model
+from models.student import Student, StudentConfig
 from trainer import metrics
 from trainer.examples import Examples, examples_of, folded, replay
-from trainer.fit import Schedule, logits
+from trainer.fit import Network, Schedule, logits
+from trainer.history import History
 from trainer.train import affine, train
 
+_NEVER = np.int64(2**62)
 HORIZONS_S = {"click": 1800.0, "purchase": datasets.DAY_S, **datasets.RETURNS_S}
 REFRESHES = 20
 """Parts of the test's time, each calibrated anew."""
@@ -72,7 +78,7 @@ def prepare(data_dir: Path, cache: Path, threads: int) -> Bench:
     config = student_config(data)
     anchor_M1, can_MT = data.anchor_N[index_M][:, None], data.can_NT[index_M]
     split_M1 = data.split_N[index_M][:, None]
-    next_M = np.where(np.isin(split_M1[:, 0], (-2, TRAIN)), data.category_N[index_M], 0)
+    next_M = np.where(_next_known(history, index_M, split_M1[:, 0]), data.category_N[index_M], 0)
     examples = examples_of(
         history,
         replayed,
@@ -88,9 +94,39 @@ def prepare(data_dir: Path, cache: Path, threads: int) -> Bench:
     code = hashlib.sha256()
     for name in ("models/fold.py", "models/student.py", "trainer/fit.py", "trainer/boosting.py", "benchmarks/datasets.py"):
         code.update((datasets.ROOT / name).read_bytes())
-    code.update(examples.y_MT.tobytes() + examples.learn_MT.tobytes())
+    code.update(examples.y_MT.tobytes() + examples.learn_MT.tobytes() + examples.next_M.tobytes())
     cache.mkdir(parents=True, exist_ok=True)
     return Bench(data, examples, cache, code.hexdigest()[:12], threads)
+
+
+@njit(cache=True)
+def _next_ts(user, ts, category):
+    """(n,) ts of the user's first strictly later event with a category; sorted by user, then time."""
+    out = np.full(len(ts), _NEVER)
+    first = later = _NEVER
+    for i in range(len(ts) - 1, -1, -1):
+        if i == len(ts) - 1 or user[i + 1] != user[i]:
+            first = later = _NEVER
+        elif ts[i + 1] > ts[i]:
+            later = first
+        out[i] = later
+        if category[i] != 0:
+            first = ts[i]
+    return out
+
+
+def _next_known(history: History, index_M: np.ndarray, split_M: np.ndarray) -> np.ndarray:
+    """(M,) bool: the event lies before the platform's days of validation, and so does the next one with a category."""
+    events = history.events[index_M]
+    next_ts_M = _next_ts(history.user[index_M], events["ts"], events["category"])
+    begins_P = np.array(
+        [
+            history.events["ts"][history.platform == place].min(initial=_NEVER)
+            + int(datasets.MATRIX[name].days[VALIDATE][0] * datasets.DAY_MS)
+            for place, name in enumerate(history.platforms)
+        ]
+    )
+    return np.isin(split_M, (-2, TRAIN)) & (next_ts_M < begins_P[history.platform[index_M]])
 
 
 def student_config(data: DataSet) -> StudentConfig:
@@ -136,24 +172,68 @@ def by_cell(bench: Bench, fit: Callable[[np.ndarray, np.ndarray, np.ndarray, int
     return out
 
 
-def student(
-    bench: Bench, name: str, schedule: Schedule, soft_MT: np.ndarray | None = None, dropout: float = 0.1
-) -> np.ndarray:
-    """The serving network, trained on all platforms at once."""
+class Kept(NamedTuple):
+    """A trained network with its calibration."""
 
-    def make() -> np.ndarray:
-        trained = train(
-            bench.examples,
-            student_config(bench.data),
+    network: Network
+    """With the heads of tasks that are not served."""
+    model: Model
+    """As it would be served, without its table of categories."""
+
+
+def trained(
+    bench: Bench,
+    name: str,
+    schedule: Schedule,
+    *,
+    examples: Examples | None = None,
+    soft_MT: np.ndarray | None = None,
+    dropout: float = 0.1,
+    incumbent: Model | None = None,
+    **more,
+) -> Kept:
+    """The serving network, trained on `examples` (None: the bench's), from the cache where it is there."""
+    path = bench.cache / f"{name}-s{schedule.seed}-{bench.key}.safetensors"
+    config = student_config(bench.data)
+    examples = bench.examples if examples is None else examples
+    if not path.exists():
+        started = time.monotonic()
+        fitted = train(
+            examples,
+            config,
             bench.data.history.categories,
             FoldConfig(),
             schedule,
             prior_logits_3=load_prior(FoldConfig()).calibration_P32[0, :, 1],
+            incumbent=incumbent,
             soft_MT=soft_MT,
             dropout=dropout,
+            **more,
         )
-        note(f"{name}: kept epoch {trained.fitted.epochs}, validation log-loss {trained.fitted.check_loss:.4f}")
-        return logits(trained.network, bench.examples, np.arange(len(bench.examples)))
+        tensors = {f"network.{key}": tensor.contiguous() for key, tensor in fitted.network.state_dict().items()}
+        tensors["calibration"] = torch.from_numpy(fitted.model.calibration_P32)
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+        about = f"kept epoch {fitted.fitted.epochs}, validation log-loss {fitted.fitted.check_loss:.4f}"
+        note(f"{name}: {about}, {time.monotonic() - started:.0f} s")
+    tensors = load_file(path)
+    network = Network(Student(config), len(examples.tasks), auxiliary=soft_MT is not None and schedule.way == "auxiliary")
+    network.load_state_dict({key.removeprefix("network."): t for key, t in tensors.items() if key.startswith("network.")})
+    network.eval().requires_grad_(False)
+    return Kept(
+        network, Model(f"{name}/000001", config, network.student, None, tensors["calibration"].numpy(), FoldConfig())
+    )
+
+
+def student(
+    bench: Bench, name: str, schedule: Schedule, soft_MT: np.ndarray | None = None, dropout: float = 0.1
+) -> np.ndarray:
+    """(M, T) logits of the serving network, trained on all platforms at once."""
+
+    def make() -> np.ndarray:
+        network = trained(bench, name, schedule, soft_MT=soft_MT, dropout=dropout).network
+        return logits(network, bench.examples, np.arange(len(bench.examples)))
 
     return cached(bench, f"{name}-s{schedule.seed}", make)
 

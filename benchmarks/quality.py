@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks import ablations, datasets, freshness, plots, served, simulated, transfer
+from benchmarks import ablations, datasets, freshness, plots, ranking, served, simulated, transfer
 from benchmarks.baselines import BASELINES, models_of
 from benchmarks.cells import (
     Bench,
@@ -61,6 +61,7 @@ FIGURES = {
 }
 SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {
     "ablations": ablations.measure,
+    "ranking": ranking.measure,
     "served": served.measure,
     "transfer": transfer.measure,
     "simulated": simulated.measure,

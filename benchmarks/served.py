@@ -12,7 +12,6 @@ Shapes: M examples, A of them asked for, T tasks, H hidden units, K places of th
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from dataclasses import fields, replace
@@ -20,15 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import datasets
 from benchmarks.baselines import DISTIL, heard, models_of
-from benchmarks.cells import Bench, Section, bar, cells_of, difference, judge, note, student_config
+from benchmarks.cells import Bench, Kept, Section, bar, cells_of, difference, judge, trained
 from benchmarks.datasets import CELLS, DAY_S, TASKS, TEST, TRAIN, VALIDATE
-from models.artifact import load_prior
-from models.config import FoldConfig
 from models.explain import Explainer, contributions, without_terms
 from models.fold import FEATURE_NAMES, FOLDED
 from models.scorer import Folded, Model, Scorer
@@ -38,7 +34,7 @@ from streams.score import one_a_user
 from trainer import groups, metrics
 from trainer.examples import Examples
 from trainer.fit import Network, Schedule, logits
-from trainer.train import affine, train
+from trainer.train import affine
 
 SHOWN = ("student", "distilled", "boosting", "logistic")
 """Models in the tables of slices."""
@@ -49,59 +45,6 @@ REFRESH, REFRESH_DROPOUT = Schedule(epochs=5, batch_events=4096, rate=2e-3), 0.3
 window to stop by."""
 FIRST_PART = 0.6
 """Share of the training days that the model to be refreshed has seen."""
-
-
-class Kept(NamedTuple):
-    """A trained network with its calibration."""
-
-    network: Network
-    """With the heads of tasks that are not served."""
-    model: Model
-    """As it would be served, without its table of categories."""
-
-
-def trained(
-    bench: Bench,
-    name: str,
-    schedule: Schedule,
-    *,
-    examples: Examples | None = None,
-    soft_MT: np.ndarray | None = None,
-    dropout: float = 0.1,
-    incumbent: Model | None = None,
-    **more,
-) -> Kept:
-    """The serving network, trained on `examples` (None: the bench's), from the cache where it is there."""
-    path = bench.cache / f"{name}-s{schedule.seed}-{bench.key}.safetensors"
-    config = student_config(bench.data)
-    examples = bench.examples if examples is None else examples
-    if not path.exists():
-        started = time.monotonic()
-        fitted = train(
-            examples,
-            config,
-            bench.data.history.categories,
-            FoldConfig(),
-            schedule,
-            prior_logits_3=load_prior(FoldConfig()).calibration_P32[0, :, 1],
-            incumbent=incumbent,
-            soft_MT=soft_MT,
-            dropout=dropout,
-            **more,
-        )
-        tensors = {f"network.{key}": tensor.contiguous() for key, tensor in fitted.network.state_dict().items()}
-        tensors["calibration"] = torch.from_numpy(fitted.model.calibration_P32)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
-        note(f"{name}: kept epoch {fitted.fitted.epochs}, {time.monotonic() - started:.0f} s")
-    tensors = load_file(path)
-    network = Network(Student(config), len(examples.tasks))
-    network.load_state_dict({key.removeprefix("network."): t for key, t in tensors.items() if key.startswith("network.")})
-    network.eval().requires_grad_(False)
-    return Kept(
-        network, Model(f"{name}/000001", config, network.student, None, tensors["calibration"].numpy(), FoldConfig())
-    )
 
 
 # ── state: live, and rebuilt from the ring ───────────────────────────────────────────────────────────────────────────
@@ -733,7 +676,7 @@ def measure(bench: Bench, quick: bool) -> Section:
     lists, *_ = models_of(bench, range(1), 4 if quick else 12)
     models = {name: seeds[0] for name, seeds in lists.items()}
     soft_MT = heard(bench, models["teacher"])
-    kept = trained(bench, "served_distilled", DISTIL, soft_MT=soft_MT)
+    kept = trained(bench, "distilled", DISTIL, soft_MT=soft_MT)
     at_A = scored_at(bench)
     logits_of, rows_A = histories(bench, kept, at_A)
     parts = [

@@ -49,14 +49,15 @@ def history(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(history):
-    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, 2**60))
+    gate = gate_start(history, make_labels(history, FOLD, HORIZONS), HORIZONS, 0.2)
+    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate))
 
 
 @pytest.fixture(scope="module")
 def examples(history, config):
     labels = make_labels(history, FOLD, HORIZONS)
-    gate_ms = gate_start(history, labels, HORIZONS, 0.2)
-    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate_ms), config, HORIZONS, gate_ms)
+    gate = gate_start(history, labels, HORIZONS, 0.2)
+    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate.user_U), config, HORIZONS, gate)
 
 
 @pytest.fixture(scope="module")
