@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from trainer import groups, metrics
 from trainer.examples import Examples
 from trainer.fit import Network, Schedule, logits
 from trainer.train import affine
+from trainer.transfer import subset
 
 SHOWN = ("student", "distilled", "boosting", "logistic")
 """Models in the tables of slices."""
@@ -619,10 +620,7 @@ def of_first_part(bench: Bench, share: float) -> Examples:
     at = np.flatnonzero(examples.ts_M < until_M)
     last_M = np.r_[examples.user_M[at][1:] != examples.user_M[at][:-1], True]  # what follows comes after the cut
     next_M = np.where(last_M, 0, examples.next_M[at]).astype(np.uint32)
-    own = {field.name: getattr(examples, field.name) for field in fields(examples)}
-    own = {name: value[at] for name, value in own.items() if isinstance(value, np.ndarray)}
-    columns = Columns(*(column[torch.from_numpy(at)] for column in examples.columns))
-    part = replace(examples, columns=columns, **own)
+    part = subset(examples, at)
     learn_MT = part.learn_MT & matured_MT[at]
     check_MT = np.zeros_like(part.check_MT)
     return replace(part, learn_MT=learn_MT, check_MT=check_MT, next_M=next_M, learn_next_M=part.learn_next_M & (next_M != 0))

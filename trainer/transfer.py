@@ -100,7 +100,7 @@ def subset(examples: Examples, at: np.ndarray) -> Examples:
     arrays = {
         field.name: getattr(examples, field.name)[at]
         for field in dataclasses.fields(examples)
-        if field.name not in ("columns", "tasks")
+        if field.name not in ("columns", "tasks") and getattr(examples, field.name) is not None
     }
     return dataclasses.replace(examples, columns=Columns(*(column[place] for column in examples.columns)), **arrays)
 
@@ -110,7 +110,7 @@ def together(one: Examples, other: Examples) -> Examples:
     arrays = {
         field.name: np.concatenate([getattr(one, field.name), getattr(other, field.name)])
         for field in dataclasses.fields(one)
-        if field.name not in ("columns", "tasks")
+        if field.name not in ("columns", "tasks") and getattr(one, field.name) is not None
     }
     arrays["user_M"] = np.concatenate([one.user_M, other.user_M + one.user_M.max(initial=-1) + 1])
     columns = Columns(*(torch.cat(pair) for pair in zip(one.columns, other.columns, strict=True)))
