@@ -406,9 +406,7 @@ def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]
     models["transformer"] = members["transformer"]
     models["teacher"] = np.mean([members[name] for name in kept], axis=0)
     taught_MT = (
-        ~np.isnan(models["teacher"])
-        & (world.day_M >= PARTS[TRAIN][0])[:, None]
-        & (world.day_M < PARTS[TEST][0])[:, None]
+        ~np.isnan(models["teacher"]) & (world.day_M >= PARTS[TRAIN][0])[:, None] & (world.day_M < PARTS[TEST][0])[:, None]
     )
     taught_MT[:, SHIFT] &= bench.examples.learn_MT[:, SHIFT]  # elsewhere it would say who acts at all in the week to come
     soft_MT = np.where(taught_MT, models["teacher"], np.nan).astype(np.float32)

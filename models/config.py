@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -16,6 +16,12 @@ GATE_RULES = (
     "finite", "cells", "log_loss", "better", "hit_rate", "auc", "pr_auc", "ece", "predicted_over_actual", "slices", "p99",
 )  # fmt: skip
 """Of trainer/gate.py, which says what each is."""
+
+TRANSFER_RUNGS = (
+    "scratch", "pooled", "finetune_head", "finetune", "interpolate", "adapter", "lora", "adversarial", "distil_source",
+    "renormalise",
+)  # fmt: skip
+"""Of trainer/transfer.py, which says what each is."""
 
 
 class _Section(BaseModel):
@@ -147,6 +153,14 @@ class TrainerConfig(_Section):
     distil_rate: Positive = 3e-3
     distil_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Share of what the teacher says in the loss; the rest are labels."""
+    transfer: Literal[("auto", *TRANSFER_RUNGS)] = "pooled"
+    """How a major version is trained: one model of all platforms together, or one for the platform `transfer_to`, by a rung
+    of the ladder or, with `auto`, by the one that its validation labels choose."""
+    transfer_to: str | None = None
+    """The platform that learns from the others; needed unless `transfer` is `pooled`. Give such models a store.name of
+    their own: they are not meant for the other platforms."""
+    group_weights: Literal["off", "frequency"] = "off"
+    """`frequency`: examples of small groups (platform, activity, price band) count for more."""
     enforce: tuple[Literal[GATE_RULES], ...] = GATE_RULES
     """Rules of the gate that refuse a candidate. What the others find is logged and lies in the manifest."""
     bootstrap_draws: Annotated[int, Field(ge=40)] = 200
@@ -158,6 +172,12 @@ class TrainerConfig(_Section):
     nice: Annotated[int, Field(ge=0, le=19)] = 10
     """Niceness of the rounds once a model is published: on a machine that it shares, the worker goes first. 0: as it was
     started."""
+
+    @model_validator(mode="after")
+    def _transfer_has_a_target(self):
+        if (self.transfer == "pooled") != (self.transfer_to is None):
+            raise ValueError("transfer and transfer_to go together: name the platform that learns, or leave both out")
+        return self
 
 
 class MetricsConfig(_Section):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 import torch
 from aiokafka import AIOKafkaProducer
 from synthetic_history import PARTITIONS, make_canonical
@@ -206,6 +207,19 @@ async def test_the_second_model_distils_a_teacher_and_later_rounds_ask_only_of_n
     assert value("crosscurrent_trainer_teacher_cached_events") == asked[2]
     files = sorted(path.name for path in (tmp_path / "history" / "teacher").iterdir())
     assert [name[-14:] for name in files] == ["000000.parquet", "000001.parquet"]
+
+
+@pytest.mark.broker
+async def test_a_platform_can_be_told_to_learn_from_the_others(settings, tmp_path):
+    told = settings_of(
+        tmp_path, settings.kafka, settings.topics, transfer="finetune_head", transfer_to="till", group_weights="frequency"
+    )
+    await produce(told, [*EVENTS])
+    with structlog.testing.capture_logs() as logs:
+        (first,) = await run_trainer(told, once=True)
+    assert first.kind == "major" and first.verdict is not None, first.reason
+    (moved,) = [line for line in logs if line["event"] == "transfer"]
+    assert (moved["to"], moved["rung"]) == ("till", "finetune_head")
 
 
 @pytest.mark.broker

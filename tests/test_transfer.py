@@ -8,7 +8,7 @@ import torch
 from synthetic_history import make_history
 
 from models.artifact import load, publish
-from models.config import FoldConfig, HorizonsConfig
+from models.config import TRANSFER_RUNGS, FoldConfig, HorizonsConfig, TrainerConfig
 from models.fold import N_FEATURES
 from models.scorer import Model, identity_calibration
 from models.student import Student, StudentConfig
@@ -241,3 +241,11 @@ def test_names_that_there_are_none_of_are_refused(examples, config, history):
     for wrong in ({"target": "nowhere"}, {"target": "till", "rung": "magic"}):
         with pytest.raises(ValueError, match=r"nowhere|magic"):
             transfer(examples, config, history.categories, FOLD, FEW, prior_logits_3=np.zeros(3), **wrong)
+
+
+def test_the_settings_name_every_rung_and_want_a_target():
+    assert tuple(RUNGS) == TRANSFER_RUNGS
+    assert TrainerConfig(transfer="auto", transfer_to="till").transfer == "auto"
+    for wrong in ({"transfer": "auto"}, {"transfer_to": "till"}):
+        with pytest.raises(ValueError, match="transfer and transfer_to go together"):
+            TrainerConfig(**wrong)

@@ -38,7 +38,7 @@ from models.fold import N_FEATURES
 from models.scorer import Model
 from models.student import StudentConfig
 from trainer import evaluate as judge
-from trainer import gate
+from trainer import gate, groups
 from trainer.announce import Incumbent, announce, announcement_of, load_incumbent, now_ms, read_announcement
 from trainer.evaluate import Comparison, Report
 from trainer.examples import Examples, GateStart, gate_start, heads_of, held_out, make_examples, replay
@@ -218,18 +218,7 @@ class _Trainer:
             heard = self._teach(examples, history, config.platforms, due, incumbent)
             self.metrics.hear(heard, len(self.lessons or ()))
         with stages.stage("train"):
-            trained = train(
-                examples,
-                config,
-                history.categories,
-                settings.fold,
-                self._schedule(base is None and heard.soft_MT is not None),
-                prior_logits_3=artifact.load_prior(settings.fold).calibration_P32[0, :, 1],
-                incumbent=base,
-                soft_MT=heard.soft_MT,
-                check=self._check,
-                progress=stages.share,
-            )
+            trained = self._fit(examples, config, history, base, heard, stages)
         with stages.stage("evaluate"):
             compared = judge.compare(
                 trained.model,
@@ -286,6 +275,40 @@ class _Trainer:
         theirs_M = held_out(history.users)[examples.user_M]
         return heard._replace(soft_MT=np.where(theirs_M[:, None], np.float32(np.nan), heard.soft_MT))
 
+    def _fit(
+        self, examples: Examples, config: StudentConfig, history: History, base: Model | None, heard: Heard, stages: Stages
+    ) -> Trained:
+        """A candidate: by the ladder of transfer where a major version is asked to, else of all platforms together."""
+        settings, options = self.settings, self.settings.trainer
+        prior_logits_3 = artifact.load_prior(settings.fold).calibration_P32[0, :, 1]
+        schedule = self._schedule(base is None and heard.soft_MT is not None)
+        if base is None and options.transfer_to is not None:
+            if _two_sides(examples, config, options.transfer_to):
+                # Here, not above: a trainer starts sooner without SciPy.
+                from trainer.transfer import transfer
+
+                moved = transfer(
+                    examples, config, history.categories, settings.fold, schedule, target=options.transfer_to,
+                    rung=options.transfer, prior_logits_3=prior_logits_3, check=self._check,
+                )  # fmt: skip
+                log.info("transfer", to=options.transfer_to, rung=moved.rung, reasons=moved.reasons)
+                return moved.trained
+            log.info("no transfer yet: it or the others have no example", to=options.transfer_to)
+        by_frequency = options.group_weights == "frequency"
+        return train(
+            examples,
+            config,
+            history.categories,
+            settings.fold,
+            schedule,
+            prior_logits_3=prior_logits_3,
+            incumbent=base,
+            soft_MT=heard.soft_MT,
+            weight_M=groups.by_frequency(examples, groups.groups_of(examples)) if by_frequency else None,
+            check=self._check,
+            progress=stages.share,
+        )
+
     def _schedule(self, distils_anew: bool) -> Schedule:
         options = self.settings.trainer
         return Schedule(
@@ -334,6 +357,12 @@ class _Trainer:
             kind=trained.kind,
             parent=incumbent.announcement.version if incumbent.announcement else None,
         )
+
+
+def _two_sides(examples: Examples, config: StudentConfig, target: str) -> bool:
+    """Both the target and the other platforms have examples."""
+    row = 1 + config.platforms.index(target) if target in config.platforms else -1
+    return 0 < (examples.platform_M == row).sum() < len(examples)
 
 
 def _base(
