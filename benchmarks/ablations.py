@@ -1,7 +1,7 @@
 """What each part of the distillation is worth: the student taught in other ways, one change at a time.
 
     the teacher's logits ─► student (as in the main table) ─► macro AUC and log-loss, validation and test
-                            ├ temperature · weight of the soft loss · auxiliary heads · anchors only · stopped early
+                            ├ temperature · weight of the soft loss · auxiliary heads · fewer events asked
                             ├ a teacher of boosting alone; a teacher whose word was shuffled across events (it must hurt)
                             └ fusion: the mean logit of teacher and student
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.baselines import BASELINES, DISTIL, PLAIN_DROPOUT, heard, models_of
+from benchmarks.baselines import BASELINES, DISTIL, heard, models_of
 from benchmarks.cells import Bench, Section, bar, difference, judge, student
 from benchmarks.datasets import VALIDATE
 
@@ -53,19 +53,16 @@ def _variants(bench: Bench, teacher_MT: np.ndarray, boosting_MT: np.ndarray) -> 
     early_MT = np.where(early_M[:, None], teacher_MT, np.nan).astype(np.float32)
     anchors_MT = np.where(bench.examples.learn_MT, teacher_MT, np.nan).astype(np.float32)
 
-    def variant(key: str, schedule=DISTIL, soft=soft_MT, dropout: float = 0.1):
-        return lambda: student(bench, f"ablation-{key}", schedule, soft, dropout)
+    def variant(key: str, schedule=DISTIL, soft=soft_MT):
+        return lambda: student(bench, f"ablation-{key}", schedule, soft)
 
     return {
         "temperature 2": variant("temperature2", DISTIL._replace(temperature=2.0)),
-        "temperature 4": variant("temperature4", DISTIL._replace(temperature=4.0)),
         "soft weight .5": variant("weight.5", DISTIL._replace(soft_weight=0.5)),
         "soft weight 1": variant("weight1", DISTIL._replace(soft_weight=1.0)),
         "auxiliary heads hear the teacher": variant("auxiliary", DISTIL._replace(way="auxiliary")),
         "not asked from the first day of validation on": variant("early", soft=early_MT),
         "asked of learned anchors only": variant("anchors", soft=anchors_MT),
-        "stopped early, as without a teacher": variant("patience", DISTIL._replace(patience=3)),
-        "dropout .3": variant("dropout.3", dropout=PLAIN_DROPOUT),
         "taught by boosting alone": variant("boosting", soft=alone_MT),
         "the teacher's word shuffled": variant("shuffled", soft=_shuffled(soft_MT, bench.examples.platform_M)),
     }
