@@ -162,10 +162,13 @@ def _settings(trees: dict[str, Tree]) -> Settings:
 
 
 def _explain(error: Any, trees: dict[str, Tree]) -> str:
-    """One pydantic error: the key, what is wrong, the value unless secret, and the source it came from."""
-    section, key = str(error["loc"][0]), str(error["loc"][1]) if len(error["loc"]) > 1 else ""
+    """One pydantic error: the key, what is wrong, the value unless secret, and the source it came from. What is wrong with
+    keys that do not fit each other is said of their section."""
+    if len(error["loc"]) == 1:
+        return f"{error['loc'][0]}: {error['msg'].removeprefix('Value error, ')}"
+    section, key = str(error["loc"][0]), str(error["loc"][1])
     source = next((name for name, tree in trees.items() if key in tree.get(section, {})), "defaults")
-    secret = "SecretStr" in str(setting_fields()[f"{section}.{key}"].annotation) if key else True
+    secret = "SecretStr" in str(setting_fields()[f"{section}.{key}"].annotation)
     got = "" if secret else f", not {error['input']!r}"
     return f"{section}.{key} ({source}): {error['msg'][:1].lower()}{error['msg'][1:]}{got}"
 

@@ -122,6 +122,10 @@ def test_wrong_values_name_key_source_and_value(empty_folder):
     assert "topics.partitions" in (text := refusal(config=empty_folder / "bad.toml")) and "bad.toml" in text
 
 
+def test_keys_that_do_not_fit_each_other_are_said_of_their_section():
+    assert refusal("trainer.transfer=auto").startswith("trainer: transfer and transfer_to go together")
+
+
 def test_a_wrong_secret_is_not_repeated(empty_folder):
     (empty_folder / "bad.toml").write_text("[pseudonym]\nkey = 123456789\n")
     text = refusal(config=empty_folder / "bad.toml")
