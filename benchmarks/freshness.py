@@ -35,7 +35,7 @@ from models.events import BINARY_HEADS, hash64
 from models.student import N_LOGITS, Student, by_platform, linear_scan
 from streams.simulator import DAY_MS, HAS_CLICK, PLATFORMS, SimulatorConfig
 from trainer import metrics
-from trainer.examples import HELD_OUT, Examples, make_examples, replay
+from trainer.examples import HELD_OUT, Examples, GateStart, make_examples, replay
 from trainer.fit import Schedule, optimiser_of
 from trainer.labels import horizons_ms, make_labels
 from trainer.train import MINOR_RATE, affine, train
@@ -88,7 +88,8 @@ def prepared() -> tuple[Student, Stored]:
     labels, replayed = make_labels(history, fold, horizons), replay(history, fold, "cpu")
     relaunch_ms = int(CONFIG.start_ms + RELAUNCH * DAY_MS)
     known_ms = relaunch_ms - int(LATENESS_MIN * 60_000)
-    examples = make_examples(history, labels, replayed, student_config(), horizons, known_ms)
+    start = GateStart(np.full(len(history.platforms), known_ms), np.full(len(history.users), known_ms))
+    examples = make_examples(history, labels, replayed, student_config(), horizons, start)
     note(f"freshness: {len(examples)} events")
     trained = train(
         examples, student_config(), history.categories, fold, MAJOR,
