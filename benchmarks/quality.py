@@ -208,12 +208,17 @@ def report(result: dict, texts: list[str], command: str) -> str:
 
 
 def _short(value) -> str:
+    """A bar's value in one line: [point, low, high], numbers, words, or several of them by name."""
     if isinstance(value, dict):
         return "; ".join(f"{key} {_short(part)}" for key, part in value.items())
     if isinstance(value, (list, tuple)):
-        point, low, high = value
-        return f"{point:+.4f} [{low:+.4f}, {high:+.4f}]"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        if len(value) == 3 and all(isinstance(part, (int, float)) for part in value):
+            point, low, high = value
+            return f"{point:+.4f} [{low:+.4f}, {high:+.4f}]"
+        return ", ".join(_short(part) for part in value) or "none"
+    return (
+        f"{value:.4f}" if isinstance(value, (float, np.floating)) else f"{value:,}" if isinstance(value, int) else str(value)
+    )
 
 
 def plain(value):

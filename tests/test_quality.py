@@ -155,3 +155,9 @@ def test_shuffles_that_lean_both_ways_are_no_leak_and_those_that_lean_one_way_ar
     assert low < 0.5 < high
     low, high = quality.around_mean([0.61, 0.63, 0.60, 0.62, 0.61, 0.64], 0.05 / 11)
     assert low > 0.5
+
+
+def test_a_bar_says_its_value_in_one_line_whatever_it_is():
+    assert quality._short(
+        {"a": [0.1, -0.2, 0.3], "b": ["x y", "z"], "c": [], "d": 61_828, "e": None, "f": np.float32(0.5)}
+    ) == ("a +0.1000 [-0.2000, +0.3000]; b x y, z; c none; d 61,828; e None; f 0.5000")
