@@ -607,7 +607,7 @@ def measure(bench: Bench, quick: bool) -> Section:
     parts = {"known": known(world, models, draws), "shift": shifted(world, models, draws)}
     bars = {name: one for part in parts.values() for name, one in part[0].items()}
     intro = (
-        "# The simulator, stated apart\n\nEverything here is simulated (`streams/simulator.py`), and nothing of it is in "
+        "## The simulator, stated apart\n\nEverything here is simulated (`streams/simulator.py`), and nothing of it is in "
         "the figures of recorded data. Records pass the platform files, late, out of order, twice and malformed at the "
         "simulator's own rates."
     )
