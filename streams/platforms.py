@@ -329,7 +329,7 @@ def _number_reader(get: Get | None, field: str, most: float) -> Callable[[dict, 
             value = to_number(value, field)
         if 0.0 <= value <= most:
             return value
-        if is_cancel and -most <= value:
+        if is_cancel and -most <= value < 0.0:
             return -value
         raise EventRefused("out_of_range", f"{field}: {'negative' if value < 0 else 'too large'}")
 

@@ -211,6 +211,9 @@ def test_the_sign_goes_from_a_cancel_only(tmp_path: Path) -> None:
     assert (cancel.quantity, cancel.price) == (3.0, 2.5)
     assert refused(shop, {**GOOD, "kind": "b", "quantity": -3}).reason == "out_of_range"
     assert refused(shop, {**GOOD, "kind": "b", "price": -0.01}).reason == "out_of_range"
+    for number in (1e300, -1e300, 1e13, -1e13):
+        for field in ("quantity", "price"):
+            assert refused(shop, {**GOOD, "kind": "x", field: number}).reason == "out_of_range"
 
 
 def test_currency_goes_with_a_price_and_text_is_cut(tmp_path: Path) -> None:
