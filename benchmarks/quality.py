@@ -239,7 +239,8 @@ def main_table(bench: Bench, quick: bool) -> tuple[Section, dict[str, str]]:
     for figure in ("auc", "log_loss"):
         note(f"{figure}\n{table(cells, list(models), figure)}")
     curves = {" ".join(key): tuple(cell["models"]["distilled"]["refreshed_curve"]) for key, cell in cells.items()}
-    plots.calibration("calibration", curves)
+    if not quick:  # the committed plot is of the whole
+        plots.calibration("calibration", curves)
     figures = {"cells": cells, "teacher": {"kept": kept, "reasons": reasons}, "canaries": wrong}
     figures |= {"seeds": len(seeds), "draws": draws}
     return Section(bars(cells, student_config(bench.data)), figures, tables(figures, list(models))), wrong
