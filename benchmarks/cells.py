@@ -334,3 +334,17 @@ def best_of(cell: dict, names: tuple[str, ...], figure: str) -> str:
 
 def bar(must: str, aim: str, value, met: bool, aim_met: bool) -> dict:
     return {"must": must, "aim": aim, "value": value, "met": bool(met), "aim_met": bool(aim_met)}
+
+
+def table(cells: dict, models: list[str], figure: str) -> str:
+    """A Markdown table of one figure."""
+    lines = [
+        "| platform | task | anchors | users | base rate | " + " | ".join(models) + " |",
+        "|---" * (5 + len(models)) + "|",
+    ]
+    for (platform, task), cell in cells.items():
+        values = " | ".join(f"{cell['models'][m][figure]:.4f}" for m in models)
+        lines.append(f"| {platform} | {task} | {cell['n']:,} | {cell['users']:,} | {cell['base_rate']:.3f} | {values} |")
+    means = " | ".join(f"{np.mean([c['models'][m][figure] for c in cells.values()]):.4f}" for m in models)
+    lines.append(f"| **macro** | | | | | {means} |")
+    return "\n".join(lines)

@@ -39,6 +39,7 @@ from benchmarks.cells import (
     note,
     prepare,
     student_config,
+    table,
 )
 from benchmarks.datasets import CELLS, TEST
 from benchmarks.throughput import machine
@@ -149,20 +150,6 @@ def bars(cells: dict, config: StudentConfig) -> dict[str, dict]:
         "student's work, FLOP": bar("≤ 64,000", "≤ 1/50 of the teacher's", flops, flops <= 64_000, False),
         "debiased ECE, matured": bar("≤ .010", "≤ .003", errors, max(refreshed) <= 0.010, max(refreshed) <= 0.003),
     }
-
-
-def table(cells: dict, models: list[str], figure: str) -> str:
-    """A Markdown table of one figure."""
-    lines = [
-        "| platform | task | anchors | users | base rate | " + " | ".join(models) + " |",
-        "|---" * (5 + len(models)) + "|",
-    ]
-    for (platform, task), cell in cells.items():
-        values = " | ".join(f"{cell['models'][m][figure]:.4f}" for m in models)
-        lines.append(f"| {platform} | {task} | {cell['n']:,} | {cell['users']:,} | {cell['base_rate']:.3f} | {values} |")
-    means = " | ".join(f"{np.mean([c['models'][m][figure] for c in cells.values()]):.4f}" for m in models)
-    lines.append(f"| **macro** | | | | | {means} |")
-    return "\n".join(lines)
 
 
 def tables(figures: dict, models: list[str]) -> str:

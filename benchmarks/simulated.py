@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from numba import njit
 
 from benchmarks import datasets, observer
-from benchmarks.cells import Bench, Section, bar, cached, difference, logit, note
+from benchmarks.cells import Bench, Section, bar, cached, difference, logit, note, table
 from benchmarks.datasets import DAY_MS, ROOT, TEST, TRAIN, VALIDATE
 from models.artifact import load_prior
 from models.config import FoldConfig, HorizonsConfig
@@ -480,19 +480,6 @@ def known(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict
     ]
     figures = {"everybody": everybody, "seen wholly": seen, "more": {name: list(at) for name, at in more.items()}}
     return bars, figures, "\n".join(lines)
-
-
-def table(cells: dict, names: list[str], figure: str) -> str:
-    """A Markdown table of one figure."""
-    lines = [
-        "| platform | task | anchors | users | base rate | " + " | ".join(names) + " |",
-        "|---" * (5 + len(names)) + "|",
-    ]
-    for (platform, task), cell in cells.items():
-        values = " | ".join(f"{cell['models'][name][figure]:.4f}" for name in names)
-        lines.append(f"| {platform} | {task} | {cell['n']:,} | {cell['users']:,} | {cell['base_rate']:.3f} | {values} |")
-    means = " | ".join(f"{np.mean([cell['models'][name][figure] for cell in cells.values()]):.4f}" for name in names)
-    return "\n".join([*lines, f"| **macro** | | | | | {means} |"])
 
 
 def shifted(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict, dict, str]:

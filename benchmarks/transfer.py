@@ -31,7 +31,7 @@ from models.student import Student
 from trainer import boosting, metrics
 from trainer.examples import Examples
 from trainer.fit import Network, Schedule, logits
-from trainer.train import _category_targets
+from trainer.train import category_targets
 from trainer.transfer import RUNGS, Task, adopt, choose, climb_all, pretrain, subset
 
 TARGETS = ("retailrocket", "taobao")
@@ -119,7 +119,7 @@ def _source(bench: Bench, name: str, rest: Examples) -> tuple[Network, np.ndarra
     """The network of the other platforms, from the cache where it is there."""
     config, path = student_config(bench.data), bench.cache / f"transfer-source-{name}-{bench.key}.npz"
     if not path.exists():
-        q_MG = _category_targets(rest, bench.data.history.categories, len(config.platforms))[1]
+        q_MG = category_targets(rest, bench.data.history.categories, len(config.platforms))[1]
         trained = pretrain(rest, q_MG, config, SOURCE, dropout=DROPOUT)
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, q_MG=q_MG, **{key: value.numpy() for key, value in trained.state_dict().items()})

@@ -21,7 +21,7 @@ from trainer.examples import before, gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule
 from trainer.history import HistoryStore
 from trainer.labels import horizons_ms, make_labels, matured
-from trainer.train import _category_targets, affine, design_effect, learned, offset, train
+from trainer.train import affine, category_targets, design_effect, learned, offset, train
 
 FOLD, HORIZONS = FoldConfig(), HorizonsConfig()
 OPTIONS = Schedule(epochs=2)
@@ -362,10 +362,10 @@ def test_calibration_finds_the_affine_map_and_stays_put_without_data():
 
 
 def test_nobodys_own_future_is_in_the_table_that_his_gates_learn_from(examples, config, history):
-    table, q_MG = _category_targets(examples, history.categories, len(config.platforms))
+    table, q_MG = category_targets(examples, history.categories, len(config.platforms))
     markov = 4
     lone = dataclasses.replace(examples, next_M=np.where(examples.user_M == examples.user_M[0], examples.next_M, 0))
-    _, alone_MG = _category_targets(lone, history.categories, len(config.platforms))
+    _, alone_MG = category_targets(lone, history.categories, len(config.platforms))
     assert q_MG[:, markov].max() > 0.02 and q_MG.sum(axis=1)[examples.next_M == 0].max() == 0
     assert len(table.names) == 30
     # Only one user has pairs: the table of the other half is empty, and everything is *other*.

@@ -88,7 +88,7 @@ def train(
         schedule = schedule._replace(rate=schedule.rate * MINOR_RATE)
         for parameter in parameters:
             parameter.requires_grad_(True)
-    table, q_MG = _category_targets(examples, category_names, len(config.platforms))
+    table, q_MG = category_targets(examples, category_names, len(config.platforms))
     fitted = fit(
         network, parameters, examples, q_MG, schedule, soft_MT=soft_MT, weight_M=weight_M, check=check, progress=progress
     )
@@ -98,7 +98,7 @@ def train(
         config=config,
         student=student,
         categories=table,
-        calibration_P32=_calibrate(network, examples, prior_logits_3),
+        calibration_P32=calibrate(network, examples, prior_logits_3),
         fold=fold,
     )
     learned = examples.learn_MT.any(axis=1) | examples.learn_next_M
@@ -129,7 +129,7 @@ def _logit(p: float) -> float:
     return np.log(p / (1.0 - p))
 
 
-def _category_targets(
+def category_targets(
     examples: Examples, names: Mapping[int, str], n_platforms: int
 ) -> tuple[CategoryTable | None, np.ndarray]:
     """→ the table of all pairs; (M, 7): what each component gives to the category that came next. A user's q are from a
@@ -154,7 +154,7 @@ def _count(examples: Examples, of_M: np.ndarray, names: Mapping[int, str], n_pla
 # ── calibration ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _calibrate(network: Network, examples: Examples, prior_logits_3: np.ndarray) -> np.ndarray:
+def calibrate(network: Network, examples: Examples, prior_logits_3: np.ndarray) -> np.ndarray:
     """(P + 1, 3, 2) float32: slope and offset on the logits.
 
     How much to trust a logit (the slope) only users can say whom the student did not learn from. How often something

@@ -47,7 +47,7 @@ from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_sca
 from trainer import metrics
 from trainer.examples import Check, Examples, check_loss
 from trainer.fit import Fitted, Network, Schedule, fit, logits, of_users_with, put
-from trainer.train import Trained, _calibrate, _category_targets, start_at_base_rates
+from trainer.train import Trained, calibrate, category_targets, start_at_base_rates
 
 RANK = 4
 """Of a low-rank change."""
@@ -607,7 +607,7 @@ def transfer(
     of_target, others = np.flatnonzero(examples.platform_M == row), np.flatnonzero(examples.platform_M != row)
     if not len(of_target) or not len(others):
         raise ValueError(f"{target!r} has {len(of_target)} examples and the other platforms {len(others)}: both are needed")
-    table, q_MG = _category_targets(examples, category_names, len(config.platforms))
+    table, q_MG = category_targets(examples, category_names, len(config.platforms))
     own, rest = subset(examples, of_target), subset(examples, others)
     source = pretrain(rest, q_MG[others], config, schedule, dropout=dropout, check=check)
     task = Task(
@@ -635,7 +635,7 @@ def transfer(
         config=config,
         student=network.student,
         categories=table,
-        calibration_P32=_calibrate(network, examples, prior_logits_3),
+        calibration_P32=calibrate(network, examples, prior_logits_3),
         fold=fold,
     )
     learned = (examples.learn_MT.any(axis=1) | examples.learn_next_M).sum()
