@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import datasets
 from benchmarks.baselines import DISTIL, heard, models_of
-from benchmarks.cells import Bench, Kept, Section, bar, cells_of, difference, judge, trained
+from benchmarks.cells import HORIZONS_S, Bench, Kept, Section, bar, cells_of, difference, judge, trained
 from benchmarks.datasets import CELLS, DAY_S, TASKS, TEST, TRAIN, VALIDATE
 from models.explain import Explainer, contributions, without_terms
 from models.fold import FEATURE_NAMES, FOLDED
@@ -615,8 +614,7 @@ def of_first_part(bench: Bench, share: float) -> Examples:
     for row in np.unique(platform_M):
         ts = examples.ts_M[(platform_M == row) & (split_M == TRAIN)]
         until_M[platform_M == row] = ts.min() + int(share * (ts.max() - ts.min()))
-    horizon_ms = {"click": 1800.0, "purchase": DAY_S, **datasets.RETURNS_S}
-    matured_MT = np.stack([examples.ts_M + int(1000 * horizon_ms[task]) <= until_M for task in TASKS], axis=1)
+    matured_MT = np.stack([examples.ts_M + int(1000 * HORIZONS_S[task]) <= until_M for task in TASKS], axis=1)
     at = np.flatnonzero(examples.ts_M < until_M)
     last_M = np.r_[examples.user_M[at][1:] != examples.user_M[at][:-1], True]  # what follows comes after the cut
     next_M = np.where(last_M, 0, examples.next_M[at]).astype(np.uint32)

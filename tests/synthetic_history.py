@@ -8,8 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from models.config import FoldConfig, HorizonsConfig
 from models.events import CanonicalEvent
+from models.fold import N_FEATURES
+from models.student import StudentConfig
+from trainer.examples import Examples, gate_start, heads_of, make_examples, replay
 from trainer.history import History, HistoryStore
+from trainer.labels import make_labels
 
 START_MS = 1_700_000_000_000
 HOUR_MS = 3_600_000
@@ -70,3 +75,18 @@ def make_history(folder: Path, n_users: int = 300) -> History:
     store = HistoryStore(str(folder))
     store_events(store, make_canonical(n_users))
     return store.read()
+
+
+def make_config(history: History, fraction: float = 0.2) -> StudentConfig:
+    """Of the heads that show before the gate's start; `fraction` of the time is held out."""
+    horizons = HorizonsConfig()
+    gate = gate_start(history, make_labels(history, FoldConfig(), horizons), horizons, fraction)
+    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate))
+
+
+def examples_until(history: History, config: StudentConfig, fraction: float = 0.2) -> Examples:
+    """As a round sees them that holds out so much of the time."""
+    fold, horizons = FoldConfig(), HorizonsConfig()
+    labels = make_labels(history, fold, horizons)
+    gate = gate_start(history, labels, horizons, fraction)
+    return make_examples(history, labels, replay(history, fold, "cpu", until_ms=gate.user_U), config, horizons, gate)

@@ -4,15 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic_history import make_history
-from test_training import FOLD, HORIZONS, PRIOR
+from synthetic_history import examples_until, make_config, make_history
+from test_training import FOLD, PRIOR
 
-from models.fold import N_FEATURES
-from models.student import StudentConfig
 from trainer import boosting, metrics
-from trainer.examples import gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule, logits, of_users_with
-from trainer.labels import make_labels
 from trainer.teacher import Member, choose, teach
 from trainer.train import train
 
@@ -26,15 +22,12 @@ def history(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(history):
-    gate = gate_start(history, make_labels(history, FOLD, HORIZONS), HORIZONS, 0.2)
-    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate))
+    return make_config(history)
 
 
 @pytest.fixture(scope="module")
 def examples(history, config):
-    labels = make_labels(history, FOLD, HORIZONS)
-    gate = gate_start(history, labels, HORIZONS, 0.2)
-    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate.user_U), config, HORIZONS, gate)
+    return examples_until(history, config)
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from synthetic_history import make_history
+from synthetic_history import examples_until, make_config, make_history
 
 from models.artifact import load, publish
 from models.config import TRANSFER_RUNGS, FoldConfig, HorizonsConfig, TrainerConfig
-from models.fold import N_FEATURES
 from models.scorer import Model, identity_calibration
-from models.student import Student, StudentConfig
+from models.student import Student
 from trainer import transfer as ladder
-from trainer.examples import gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule, logits
-from trainer.labels import make_labels
 from trainer.transfer import RUNGS, Task, adopt, choose, pretrain, subset, transfer
 
 FOLD, HORIZONS = FoldConfig(), HorizonsConfig()
@@ -49,15 +46,12 @@ def history(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(history):
-    gate = gate_start(history, make_labels(history, FOLD, HORIZONS), HORIZONS, 0.2)
-    return StudentConfig.of("cpu", N_FEATURES, history.platforms, heads_of(history, None, gate))
+    return make_config(history)
 
 
 @pytest.fixture(scope="module")
 def examples(history, config):
-    labels = make_labels(history, FOLD, HORIZONS)
-    gate = gate_start(history, labels, HORIZONS, 0.2)
-    return make_examples(history, labels, replay(history, FOLD, "cpu", until_ms=gate.user_U), config, HORIZONS, gate)
+    return examples_until(history, config)
 
 
 @pytest.fixture(scope="module")
