@@ -188,7 +188,6 @@ def trained(
     *,
     examples: Examples | None = None,
     soft_MT: np.ndarray | None = None,
-    dropout: float = 0.1,
     incumbent: Model | None = None,
     **more,
 ) -> Kept:
@@ -207,7 +206,6 @@ def trained(
             prior_logits_3=load_prior(FoldConfig()).calibration_P32[0, :, 1],
             incumbent=incumbent,
             soft_MT=soft_MT,
-            dropout=dropout,
             **more,
         )
         tensors = {f"network.{key}": tensor.contiguous() for key, tensor in fitted.network.state_dict().items()}
@@ -226,13 +224,11 @@ def trained(
     )
 
 
-def student(
-    bench: Bench, name: str, schedule: Schedule, soft_MT: np.ndarray | None = None, dropout: float = 0.1
-) -> np.ndarray:
+def student(bench: Bench, name: str, schedule: Schedule, soft_MT: np.ndarray | None = None) -> np.ndarray:
     """(M, T) logits of the serving network, trained on all platforms at once."""
 
     def make() -> np.ndarray:
-        network = trained(bench, name, schedule, soft_MT=soft_MT, dropout=dropout).network
+        network = trained(bench, name, schedule, soft_MT=soft_MT).network
         return logits(network, bench.examples, np.arange(len(bench.examples)))
 
     return cached(bench, f"{name}-s{schedule.seed}", make)

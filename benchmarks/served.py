@@ -40,7 +40,7 @@ SHOWN = ("student", "distilled", "boosting", "logistic")
 """Models in the tables of slices."""
 LEAST, LEAST_OF_A_CLASS = 100, 20
 """A slice of a cell with fewer anchors, or fewer of either outcome, is not shown."""
-REFRESH, REFRESH_DROPOUT = Schedule(epochs=5, batch_events=4096, rate=2e-3), 0.3
+REFRESH = Schedule(epochs=5, batch_events=4096, rate=2e-3, dropout=0.3)
 """For the cadences: the undistilled student's rate and dropout. No early stopping: a model of the first days has no later
 window to stop by."""
 FIRST_PART = 0.6
@@ -628,11 +628,11 @@ def cadences(bench: Bench, draws: int) -> Section:
     """A model of the first part of the training days, judged on the test days as it is, after a minor, after a major."""
     everything = np.arange(len(bench.examples))
     first = of_first_part(bench, FIRST_PART)
-    base = trained(bench, "served_first_part", REFRESH, examples=first, dropout=REFRESH_DROPOUT)
+    base = trained(bench, "served_first_part", REFRESH, examples=first)
     refreshed = {
         "no refresh": base,
-        "minor": trained(bench, "served_minor", REFRESH, incumbent=base.model, dropout=REFRESH_DROPOUT),
-        "major": trained(bench, "served_major", REFRESH, dropout=REFRESH_DROPOUT),
+        "minor": trained(bench, "served_minor", REFRESH, incumbent=base.model),
+        "major": trained(bench, "served_major", REFRESH),
     }
     said = {name: [logits(kept.network, bench.examples, everything)] for name, kept in refreshed.items()}
     cells = judge(bench, said, draws)

@@ -60,9 +60,9 @@ SHIFT = TASKS.index("shift")
 """Served by no model; the student's head of it exists while it learns."""
 LEAST_BEFORE, LEAST_AFTER = 5, 3
 """Acts with a category that an anchor of `shift` has in the 30 days up to it and in the 7 days after."""
-PLAIN, PLAIN_DROPOUT = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=2), 0.3
+PLAIN = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=2, dropout=0.3)
 DISTIL = Schedule(epochs=12, batch_events=4096, rate=3e-3, soft_weight=0.9)
-RESIDUAL, RESIDUAL_DROPOUT = Schedule(epochs=8, batch_events=2048, rate=2e-3, patience=3), 0.1
+RESIDUAL = Schedule(epochs=8, batch_events=2048, rate=2e-3, patience=3)
 LIGHTGBM = ("boosting", "boosting_tuned")
 SHIFT_BASELINES = ("main_share", "entropy", "short_vs_long", "user_rate", "logistic", *LIGHTGBM)
 
@@ -319,7 +319,7 @@ def transformer(bench: Bench, offset_MT: np.ndarray, schedule: Schedule = RESIDU
         examples, told_MT = bench.examples, np.nan_to_num(offset_MT[:, of])
         labels = {name: getattr(examples, name)[:, of] for name in ("y_MT", "learn_MT", "check_MT")}
         examples = replace(examples, tasks=BINARY_HEADS, **labels)
-        changes = {"next_item_weight": 0.0, "dropout": RESIDUAL_DROPOUT}
+        changes = {"next_item_weight": 0.0, "dropout": schedule.dropout}
         config = TransformerConfig.of("cpu", N_FEATURES, PLATFORMS, BINARY_HEADS, **changes)
         fitted = fit_transformer(examples, told_MT, config, schedule)
         note(f"transformer: epoch {fitted.epochs}, log-loss {fitted.check_loss:.4f}, the offset's {fitted.offset_loss:.4f}")
@@ -327,23 +327,23 @@ def transformer(bench: Bench, offset_MT: np.ndarray, schedule: Schedule = RESIDU
         adds_MT[:, of] = fitted.logits(examples, told_MT) - told_MT
         return offset_MT + adds_MT
 
-    return cached(bench, f"simulated-transformer-{_digest(schedule, RESIDUAL_DROPOUT)}", make)
+    return cached(bench, f"simulated-transformer-{_digest(schedule)}", make)
 
 
-def student(bench: Bench, history: History, name: str, schedule: Schedule, dropout: float, soft_MT=None) -> np.ndarray:
+def student(bench: Bench, history: History, name: str, schedule: Schedule, soft_MT=None) -> np.ndarray:
     """(M, T + 1) logits of the student, and the interest shift as it is served."""
 
     def make() -> np.ndarray:
         prior_3 = load_prior(FoldConfig()).calibration_P32[0, :, 1]
         trained = train(
             bench.examples, student_config(), history.categories, FoldConfig(), schedule,
-            prior_logits_3=prior_3, soft_MT=soft_MT, dropout=dropout,
+            prior_logits_3=prior_3, soft_MT=soft_MT,
         )  # fmt: skip
         note(f"{name}: kept epoch {trained.fitted.epochs}, validation log-loss {trained.fitted.check_loss:.4f}")
         return said(trained, bench.examples)
 
     taught = () if soft_MT is None else (hashlib.sha256(soft_MT.tobytes()).hexdigest(),)
-    return cached(bench, f"simulated-{name}-{_digest(schedule, dropout, *taught)}", make)
+    return cached(bench, f"simulated-{name}-{_digest(schedule, *taught)}", make)
 
 
 @torch.inference_mode()
@@ -398,7 +398,7 @@ def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]
     offset_MT = (models["boosting"] + models["logistic"]) / 2
     members = {name: models[name] for name in ("boosting", "logistic")}
     members["transformer"] = transformer(bench, offset_MT)
-    models["student"] = student(bench, world.history, "plain", PLAIN, PLAIN_DROPOUT)
+    models["student"] = student(bench, world.history, "plain", PLAIN)
     # The undistilled student, itself a sequence model. Not cross-fitted: it stops early, at a dropout of .3.
     members["recurrence"] = models["student"][:, : len(TASKS)]
     kept, reasons = choose(bench.examples, members)
@@ -410,7 +410,7 @@ def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]
     )
     taught_MT[:, SHIFT] &= bench.examples.learn_MT[:, SHIFT]  # elsewhere it would say who acts at all in the week to come
     soft_MT = np.where(taught_MT, models["teacher"], np.nan).astype(np.float32)
-    models["distilled"] = student(bench, world.history, "distilled", DISTIL, 0.1, soft_MT)
+    models["distilled"] = student(bench, world.history, "distilled", DISTIL, soft_MT)
     kind_M = world.history.events["kind"][bench.examples.index_M]
     sees_M3 = cached(
         bench,

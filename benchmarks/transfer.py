@@ -2,9 +2,11 @@
 
     for each target: the other platforms ─► source ─┐
     a draw of the target's labelled users ──────────┴─► every rung, `auto`, baselines ─► AUC on the target's test anchors
+    each other platform in the target's place, as many users ─► rehearsal ──┘
 
 A labelled user has a label to learn from or to check by. A draw takes some of them: of their train anchors everything is
-learned, by their validation anchors everything is chosen (early stopping, α, the rung); nobody else's label is seen. Each
+learned, by their validation anchors everything is chosen (early stopping, α; the rung, by the rehearsal too); nobody else's
+label of the target is seen. Rehearsals are judged on the other platforms' validation anchors. Each
 draw has the same users for every rung and baseline, by (target, how many, draw), so a run can be resumed draw by draw.
 Knows nothing of the main table.
 """
@@ -16,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +35,20 @@ from trainer import boosting, metrics
 from trainer.examples import Examples
 from trainer.fit import Network, Schedule, logits
 from trainer.train import category_targets
-from trainer.transfer import RUNGS, Task, adopt, choose, climb_all, pretrain, subset
+from trainer.transfer import (
+    REHEARSED,
+    RUNGS,
+    Rehearsal,
+    Task,
+    adopt,
+    choose,
+    climb_all,
+    labels_a_user,
+    pretrain,
+    rehearse,
+    subset,
+    understudy,
+)
 
 TARGETS = ("retailrocket", "taobao")
 FRACTIONS = (0.01, 0.05, 0.10, 1.0)
@@ -41,10 +57,12 @@ LIGHT = ("scratch", "finetune_head", "renormalise")
 """Rungs of every draw, and what `auto` chooses among here."""
 DRAWS, DRAWS_OTHERS = 20, 2
 """Draws of users; of the rungs that are not in LIGHT, which cost ten times as much."""
+REHEARSALS = 3
+"""Draws of users on each platform that stands in for a target."""
 REST_USERS = 600
 """Of the other platforms, drawn anew each time, that `pooled` and `adversarial` see beside the target's."""
-SOURCE, DROPOUT = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=3), 0.3
-FEW = Schedule(epochs=4, batch_events=4096, rate=2e-3, patience=3)
+SOURCE = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=3, dropout=0.3)
+FEW = SOURCE._replace(epochs=4)
 RESAMPLES = 100
 BASELINES = ("logistic", "logistic_tuned", "boosting")
 PENALTIES = (0.1, 0.03, 0.003, 0.0003)
@@ -85,6 +103,8 @@ class Ground(NamedTuple):
     anchors: list[np.ndarray]
     """By cell, positions in `test`."""
     resamples: list[metrics.Resamples]
+    rehearsals: dict[int, Rehearsal]
+    """By how many users; filled by `rehearsed`."""
 
 
 def ground(bench: Bench, name: str) -> Ground:
@@ -95,7 +115,7 @@ def ground(bench: Bench, name: str) -> Ground:
     own, rest = subset(examples, of), subset(examples, others)
     # The next category of the target is no label here: few users, and half of the targets have none.
     own = dataclasses.replace(own, learn_next_M=np.zeros(len(own), bool))
-    source, q_rest = _source(bench, name, rest)
+    source, q_rest = _source(bench, (name,), rest)
     judged_M = anchor_M[of] & (split_M[of] == TEST)
     at = np.flatnonzero(np.isin(own.user_M, own.user_M[judged_M]))
     test, place = subset(own, at), np.flatnonzero(judged_M[at])
@@ -112,23 +132,49 @@ def ground(bench: Bench, name: str) -> Ground:
         test,
         [place for _ in tasks],
         [metrics.Resamples(test.user_M[place], RESAMPLES)] * len(tasks),
+        {},
     )
 
 
-def _source(bench: Bench, name: str, rest: Examples) -> tuple[Network, np.ndarray]:
-    """The network of the other platforms, from the cache where it is there."""
+def _source(bench: Bench, without: tuple[str, ...], rest: Examples) -> tuple[Network, np.ndarray]:
+    """The network of `rest`, the platforms other than `without`, from the cache where it is there."""
+    name = "-".join(without)
     config, path = student_config(bench.data), bench.cache / f"transfer-source-{name}-{bench.key}.npz"
     if not path.exists():
         q_MG = category_targets(rest, bench.data.history.categories, len(config.platforms))[1]
-        trained = pretrain(rest, q_MG, config, SOURCE, dropout=DROPOUT)
+        trained = pretrain(rest, q_MG, config, SOURCE)
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, q_MG=q_MG, **{key: value.numpy() for key, value in trained.state_dict().items()})
         os.replace(temporary, path)
         note(f"transfer: the source for {name}")
     with np.load(path) as kept:
-        network = Network(Student(config, DROPOUT), len(rest.tasks))
+        network = Network(Student(config), len(rest.tasks))
         network.load_state_dict({key: torch.from_numpy(kept[key]) for key in kept.files if key != "q_MG"})
         return network, kept["q_MG"]
+
+
+def rehearsed(bench: Bench, at: Ground, users: Iterable[int]) -> None:
+    """Fills `at.rehearsals`, from the cache where they are there. Of all the target's users a rehearsal takes all of an
+    understudy's, or as many as the target has."""
+    platforms, stand_ins = bench.data.history.platforms, []
+    for n in users:
+        path = bench.cache / f"transfer-rehearsal-{at.name}-{n}-{_key(bench)}.json"
+        if not path.exists():
+            stand_ins = stand_ins or [_understudy(bench, at, other) for other in platforms if other != at.name]
+            found = rehearse(stand_ins, n, labels_a_user(at.own), REHEARSED, draws=REHEARSALS)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(found._asdict()))
+            os.replace(temporary, path)
+            note(f"transfer: {n} users of {at.name} rehearsed")
+        at.rehearsals[n] = Rehearsal(**json.loads(path.read_text()))
+
+
+def _understudy(bench: Bench, at: Ground, name: str) -> Task:
+    row = 1 + bench.data.history.platforms.index(name)
+    others = np.flatnonzero(at.rest.platform_M != row)
+    # The same two platforms teach whichever of the other two is the target.
+    source, _ = _source(bench, tuple(sorted((at.name, name))), subset(at.rest, others))
+    return understudy(at.rest, at.q_rest, row, student_config(bench.data), FEW, source=source)
 
 
 # ── one draw ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,13 +191,14 @@ def draw_of(at: Ground, users: int, draw: int, light: bool) -> Draw:
     rest, q_rest = subset(at.rest, place), at.q_rest[place]
     q_own = np.zeros((len(own), q_rest.shape[1]), np.float32)
     schedule = FEW._replace(seed=draw)
-    task = Task(at.row, adopt(at.source, at.row, own), own, rest, at.unlabelled_NF, q_own, q_rest, schedule, DROPOUT)
+    task = Task(at.row, adopt(at.source, at.row, own), own, rest, at.unlabelled_NF, q_own, q_rest, schedule)
     ys = [at.test.y_MT[place, t] for t, place in zip(at.tasks, at.anchors, strict=True)]
     picked = unguarded = ""
     resampled = {}
     if light:
         networks = climb_all(task, LIGHT)
-        choice = choose(own, {name: logits(network, own, np.arange(len(own))) for name, network in networks.items()})
+        on_own = {name: logits(network, own, np.arange(len(own))) for name, network in networks.items()}
+        choice = choose(own, on_own, at.rehearsals[users])
         said = {name: _on_test(at, network) for name, network in networks.items()} | _baselines(at, own)
         picked, unguarded = choice.rung, choice.unguarded
         said["auto"], said["unguarded"] = said[picked], said[unguarded]
@@ -214,10 +261,8 @@ def _draw_job(name: str, users: int, draw: int, light: bool, path: Path) -> None
 
 def draws_of(bench: Bench, grounds: dict[str, Ground], jobs: list[Job]) -> dict[Job, Draw]:
     """What was found, from the cache where it is there; on as many processes as threads."""
-    code = (ROOT / "trainer" / "transfer.py").read_text() + Path(__file__).read_text().split("# ── figures")[0]
-    key = f"{bench.key}-{hashlib.sha256(code.encode()).hexdigest()[:8]}"
     paths = {
-        job: bench.cache / f"transfer-{job[0]}-{job[1]}-{job[2]}-{'light' if job[3] else 'others'}-{key}.json"
+        job: bench.cache / f"transfer-{job[0]}-{job[1]}-{job[2]}-{'light' if job[3] else 'others'}-{_key(bench)}.json"
         for job in jobs
     }
     missing = [job for job in jobs if not paths[job].exists()]
@@ -230,6 +275,12 @@ def draws_of(bench: Bench, grounds: dict[str, Ground], jobs: list[Job]) -> dict[
                 if count % 10 == 0:
                     note(f"transfer: {count} of {len(missing)} draws")
     return {job: Draw(**json.loads(path.read_text())) for job, path in paths.items()}
+
+
+def _key(bench: Bench) -> str:
+    """Of the bench, and of the code of rungs and draws."""
+    code = (ROOT / "trainer" / "transfer.py").read_text() + Path(__file__).read_text().split("# ── figures")[0]
+    return f"{bench.key}-{hashlib.sha256(code.encode()).hexdigest()[:8]}"
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -342,6 +393,8 @@ def measure(bench: Bench, quick: bool) -> Section:
     count = 3 if quick else DRAWS
     grounds = {name: ground(bench, name) for name in TARGETS}
     users = {name: sizes(len(at.labelled)) for name, at in grounds.items()}
+    for name, at in grounds.items():
+        rehearsed(bench, at, sorted(set(users[name].values())))
     jobs = [
         (name, n, draw, light)
         for light in (True, False)
@@ -376,6 +429,7 @@ def measure(bench: Bench, quick: bool) -> Section:
             share: {name: _counts([one.picked for one in own]) for name, own in of.items()} for share, of in by.items()
         },
         "hurt": {f"{share} {which}": hurt(of, which) for share, of in by.items() for which in ("auto", "unguarded")},
+        "rehearsals": {name: {str(n): one._asdict() for n, one in at.rehearsals.items()} for name, at in grounds.items()},
         "likeness": alike,
         "draws": count,
         "draws_others": min(count, DRAWS_OTHERS),
@@ -485,9 +539,12 @@ def text(by: dict, figures: dict) -> str:
         f"rungs other than {', '.join(LIGHT)}. *pooled* and *adversarial* see {REST_USERS} users of the other platforms, "
         "drawn anew each time (pooled over all users of all platforms: the student of the main table). "
         "The source is one network for all draws, of the other three platforms, with one shared head. All learn from the "
-        "target's standardisation by the drawn users' own events; only *renormalise* sees unlabelled events of the target's "
-        "other users (before its validation). *auto* takes the greatest AUC in sum over the heads, on validation, "
-        "unless a head is significantly worse than from scratch. *best unguarded* is without the guard, never scratch. "
+        "target's standardisation by the drawn users' own events; *renormalise* and *finetune_head*, which stands on it, "
+        "see unlabelled events of the target's other users too (before its validation). *auto* takes the greatest AUC in "
+        "sum over the heads, on validation and, as far as so few users leave it open, by what the rung gained over scratch "
+        "on the other platforms in the target's place, with as many users and labels; unless a head is significantly worse "
+        "than from scratch. "
+        "*best unguarded* is without the guard, never scratch. "
         "*exactly*: the true share where it is fewer users. Macro AUC over the target's cells, ± the standard deviation "
         "over draws; intervals are over test users and draws.",
         "",
@@ -531,6 +588,23 @@ def text(by: dict, figures: dict) -> str:
     for share in shares:
         for which, label in (("auto", "with the guard"), ("unguarded", "without")):
             lines.append(f"- {share} {label}: {'; '.join(figures['hurt'][f'{share} {which}']) or 'none'}")
+    lines += [
+        "",
+        "### Rehearsals",
+        "",
+        "Each other platform in the target's place, taught by the remaining two, with as many users and labels: macro AUC "
+        f"over scratch on its validation anchors, mean over platforms and {REHEARSALS} draws; heads that somebody is left "
+        "to teach. Spread: standard deviation over platforms and draws. Bias, error: what the drawn users' own validation "
+        "said, less that; mean and standard deviation.",
+        "",
+        "| target | users | " + " | ".join(REHEARSED) + " | spread | bias | error |",
+        "|---" * (5 + len(REHEARSED)) + "|",
+    ]
+    for name, of in figures["rehearsals"].items():
+        for users, one in of.items():
+            gains = " | ".join(f"{one['gains'][rung]:+.4f}" for rung in REHEARSED)
+            doubts = f"{one['spread'] ** 0.5:.4f} | {one['bias']:+.4f} | {one['error'] ** 0.5:.4f}"
+            lines.append(f"| {name} | {users} | {gains} | {doubts} |")
     lines += ["", "### Zero-shot", "", "| target | standardised | macro AUC | cells |", "|---|---|---|---|"]
     for name, ways in figures["zero_shot"].items():
         for way, one in ways.items():

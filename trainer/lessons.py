@@ -19,9 +19,10 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +42,10 @@ hundred users may differ by as much without any drift."""
 LEAST_AGE_MS = 3_600_000
 
 _FILE = re.compile(r"(\d{13})-(\d{6})\.parquet$")
+
+
+Words = Mapping[int, str]
+"""Category hash → its name."""
 
 
 class Heard(NamedTuple):
@@ -67,6 +72,7 @@ class Lessons:
         self._id, self._logits_T = np.empty(0, np.uint64), np.empty((0, 0), np.float32)
         self._at_fit = np.empty(0, bool)
         """Of each event written down: it was there when the teacher was fitted."""
+        self._words: dict[int, str] = {}
         self._load()
 
     def __len__(self) -> int:
@@ -86,15 +92,24 @@ class Lessons:
         return (self._drifted or None) if now_ms - self._fitted_ms >= LEAST_AGE_MS else None
 
     def fit(
-        self, examples: Examples, id_M: np.ndarray, platforms: tuple[str, ...], now_ms: int, check: Check = lambda: None
+        self,
+        examples: Examples,
+        id_M: np.ndarray,
+        platforms: tuple[str, ...],
+        now_ms: int,
+        check: Check = lambda: None,
+        words: Words | None = None,
     ) -> Heard:
-        """Fits a teacher, asks it of every example and writes that down. `id_M`: hashes of the events (uint64)."""
+        """Fits a teacher, asks it of every example and writes that down. `id_M`: hashes of the events (uint64); `words`: of
+        every category so far, for `trainer.teacher_texts`."""
         # Here, not above: a trainer starts sooner without LightGBM and scikit-learn.
         from trainer.teacher import teach
 
         options = self._settings.trainer
         size = options.teacher_transformer
-        more = {} if size is None else {"transformer": _transformer(size, platforms, options.seed, check)}
+        self._words.update(words or {})
+        text_of = self._text_of if options.teacher_texts else None
+        more = {} if size is None else {"transformer": _transformer(size, platforms, options.seed, check, text_of)}
         teaching = teach(examples, threads=options.threads, more=more, check=check)
         for name, reason in teaching.reasons.items():
             log.info("teacher's member", member=name, kept=name in teaching.kept, reason=reason)
@@ -111,8 +126,9 @@ class Lessons:
         members = {name: name in teaching.kept for name in teaching.members_MT}
         return Heard(_or_none(teaching.logits_MT), len(examples), members)
 
-    def hear(self, examples: Examples, id_M: np.ndarray, platforms: tuple[str, ...]) -> Heard:
+    def hear(self, examples: Examples, id_M: np.ndarray, platforms: tuple[str, ...], words: Words | None = None) -> Heard:
         """What was said of the examples; those that nobody was asked of yet are asked now, where the members are at hand."""
+        self._words.update(words or {})
         soft_MT, found_M = self._look_up(id_M, len(examples.tasks))
         new_M, answer = ~found_M, self._answer
         if answer is None or platforms != self._platforms or not new_M.any():
@@ -121,6 +137,15 @@ class Lessons:
         self._keep(id_M[new_M], soft_MT[new_M], examples.tasks)
         self._drifted = self._drift(soft_MT, id_M, examples, platforms)
         return Heard(_or_none(soft_MT), int(new_M.sum()), None)
+
+    def _text_of(self, examples: Examples) -> Callable[[np.ndarray], np.ndarray]:
+        """What the transformer asks of the examples' items: a vector of the words of the item's category."""
+        from trainer.texts import by_item, sentences_of
+
+        item_M, category_M = examples.columns.item_N.numpy(), examples.columns.category_N.numpy()
+        pairs = np.unique(np.stack([item_M, category_M], axis=1), axis=0)
+        sentences = sentences_of((item, self._words.get(category), None, None) for item, category in pairs.tolist())
+        return by_item(sentences, self._settings.worker.data_dir / "texts.npz")
 
     def _look_up(self, id_M: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray]:
         """→ (logits (M, T), NaN where not found; (M,) bool found)."""
@@ -209,22 +234,27 @@ def _key(settings: Settings) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _transformer(size: str, platforms: tuple[str, ...], seed: int, check: Check):
-    """A further member for `teach`: the causal transformer as a residual."""
+def _transformer(size: str, platforms: tuple[str, ...], seed: int, check: Check, text_of: Callable | None):
+    """A further member for `teach`: the causal transformer as a residual. `text_of`: examples → texts of their items."""
     from trainer.fit import Schedule
     from trainer.teacher import Member
+    from trainer.texts import WIDTH as TEXT_WIDTH
     from trainer.transformer import TransformerConfig
     from trainer.transformer_fit import fit_transformer
 
     def fit(examples: Examples, offset_MT: np.ndarray) -> Member:
         n_features = examples.columns.features_NF.shape[1]
         config = TransformerConfig.of(size, n_features, platforms, examples.tasks)
+        text = None
+        if text_of is not None:
+            config, text = msgspec.structs.replace(config, text_dim=TEXT_WIDTH), text_of(examples)
         schedule = Schedule(epochs=6, batch_events=8192, rate=1e-3, patience=2, seed=seed)
-        fitted = fit_transformer(examples, np.nan_to_num(offset_MT), config, schedule, check=check)
+        fitted = fit_transformer(examples, np.nan_to_num(offset_MT), config, schedule, text=text, check=check)
 
         def answer(later: Examples, wanted_M: np.ndarray, offset_LT: np.ndarray) -> np.ndarray:
-            return fitted.logits(later, np.nan_to_num(offset_LT), check=check)[wanted_M]
+            text = text_of(later) if text_of is not None else None
+            return fitted.logits(later, np.nan_to_num(offset_LT), text=text, check=check)[wanted_M]
 
-        return Member(fitted.logits(examples, np.nan_to_num(offset_MT), check=check), answer)
+        return Member(fitted.logits(examples, np.nan_to_num(offset_MT), text=text, check=check), answer)
 
     return fit

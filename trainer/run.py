@@ -266,9 +266,9 @@ class _Trainer:
         id_M = history.events["id"][examples.index_M]
         if due is not None:
             log.info("a teacher is fitted", because=due, examples=len(examples))
-            heard = self.lessons.fit(examples, id_M, platforms, now_ms(), self._check)
+            heard = self.lessons.fit(examples, id_M, platforms, now_ms(), self._check, history.categories)
         else:
-            heard = self.lessons.hear(examples, id_M, platforms)
+            heard = self.lessons.hear(examples, id_M, platforms, history.categories)
         if heard.soft_MT is None:
             return heard
         # Who is held out calibrates the student, and so must not have taught it anything.

@@ -61,7 +61,6 @@ def train(
     incumbent: Model | None = None,
     soft_MT: np.ndarray | None = None,
     weight_M: np.ndarray | None = None,
-    dropout: float = 0.1,
     check: Check = lambda: None,
     progress: Progress = lambda share: None,
 ) -> Trained:
@@ -71,7 +70,7 @@ def train(
     The same seed and examples give the same model."""
     torch.manual_seed(schedule.seed)
     if incumbent is None:
-        student = Student(config, dropout)
+        student = Student(config, schedule.dropout)
         seen_M = seen(examples, soft_MT)
         if not seen_M.any():
             seen_M[:] = True

@@ -2,11 +2,12 @@
 
     other platforms ─► pretrain ─► source ─┬─► a rung: changes what it says it changes, no more ─► network ─┐
     the target's labelled users ───────────┴─► scratch: the target's users alone ──────────────► network ───┴─► choose
+    each other platform in the target's place, with as few users ─► rehearse: what each rung gained there ──┘
 
     rung            changes, of the source                                               learns from
     scratch         all, anew                                                            the target's users
     pooled          all, anew                                                            every platform together
-    finetune_head   the target's rows of the binary heads                                the target's users
+    finetune_head   what renormalise does, and the target's rows of the binary heads     the target's users
     finetune        the body, the target's rows of heads and platform table              the target's users
     interpolate     the same; θ' = α θ_source + (1 − α) θ_finetuned, an α for each block  α: the validation
     adapter         the target's rows of the heads: W (f + U D f), U D of low rank, folded into W
@@ -62,8 +63,11 @@ BLOCKS: dict[str, tuple[str, ...]] = {
 """What `interpolate` chooses an α for."""
 LEAST_STEPS, MOST_EPOCHS = 80, 40
 """Few users make few batches: epochs are repeated until there are so many steps."""
-RIDGES = (10.0, 100.0, 1000.0)
-"""Pull of a new head towards the shared one, in units of labels."""
+RIDGE = 500.0
+"""Pull of a new head towards the shared one, in units of labels. Not chosen anew for each target: a handful of users to
+choose by costs more than the best strength gains."""
+REHEARSALS = 4
+"""Draws of users on each platform that stands in for the target."""
 GROUPS = 20
 """Of users, at most, in the guard's jackknife."""
 REVERSED = 0.1
@@ -87,7 +91,6 @@ class Task(NamedTuple):
     q_rest_MG: np.ndarray
     """As `fit` takes them."""
     schedule: Schedule
-    dropout: float = 0.1
     check: Check = lambda: None
 
 
@@ -125,14 +128,12 @@ def pretrain(
     q_MG: np.ndarray,
     config: StudentConfig,
     schedule: Schedule,
-    *,
-    dropout: float,
     check: Check = lambda: None,
 ) -> Network:
     """A network that learns to serve platforms it has not seen: of `rest`, with one shared head (row 0) and no word on
     which platform an event is from, except its standardisation and its base rates."""
     torch.manual_seed(schedule.seed)
-    student = Student(config, dropout)
+    student = Student(config, schedule.dropout)
     student.fit_normalisation(rest.columns.features_NF.numpy(), rest.platform_M)
     network = Network(student, len(rest.tasks))
     start_at_base_rates(network, rest)
@@ -260,7 +261,7 @@ def _fit(task: Task, network: Network, parameters: list[Tensor], rate: float = 1
 
 def _anew(task: Task, examples: Examples) -> Network:
     torch.manual_seed(task.schedule.seed)
-    student = Student(task.source.student.config, task.dropout)
+    student = Student(task.source.student.config, task.schedule.dropout)
     student.fit_normalisation(examples.columns.features_NF.numpy(), examples.platform_M)
     with torch.no_grad():
         for name in ("feature_mean_PF", "feature_std_PF"):
@@ -291,17 +292,10 @@ def _checked_on(examples: Examples, row: int) -> Examples:
 
 
 def finetune_head(task: Task) -> Network:
-    """The body frozen, a new head is a convex problem: solved to the end, ridge towards the shared head, its strength
-    chosen on validation (the middle one where there is nothing to check by). The gates of the categories stay."""
-    network = copy.deepcopy(task.source).eval()
-    heads = _before_heads(network, task.own)
-    losses = {}
-    for ridge in RIDGES if task.own.check_MT.any() else RIDGES[1:2]:
-        rows = _solve(network, task, heads, ridge)
-        logits_MT = (heads @ (rows[0] + _shared(network)[0]).T + rows[1] + _shared(network)[1]).numpy()
-        losses[ridge] = check_loss(task.own, logits_MT), rows
-        task.check()
-    _, (weight_TK, bias_T) = min(losses.values(), key=lambda pair: pair[0])
+    """The body frozen, a new head is a convex problem: solved to the end, ridge towards the shared head, on features
+    standardised by the target's unlabelled events. The gates of the categories stay."""
+    network = renormalise(task).eval()
+    weight_TK, bias_T = _solve(network, task, _before_heads(network, task.own), RIDGE)
     with torch.no_grad():
         network.student.head_weight_POK[task.row, :N_LOGITS] = weight_TK[:N_LOGITS]
         network.student.head_bias_PO[task.row, :N_LOGITS] = bias_T[:N_LOGITS]
@@ -512,6 +506,137 @@ def climb_all(task: Task, names: Iterable[str] = tuple(RUNGS)) -> dict[str, Netw
 # ── the choice ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+REHEARSED: tuple[str, ...] = ("finetune_head", "renormalise")
+"""Rungs that cost little and change nothing that the platforms share; of the others the target's own labels must speak."""
+
+
+class Gain(NamedTuple):
+    """How much AUC a rung has over `scratch`, and how uncertain that is."""
+
+    value: float
+    variance: float
+    freedom: float = np.inf
+    """Degrees of freedom of the variance; below 1 nothing is known."""
+
+    def high(self, alpha: float) -> float:
+        """The upper end of its interval at level 1 − `alpha`, Student's t."""
+        if self.freedom < 1:
+            return np.inf
+        return float(self.value + stats.t.ppf(1 - alpha / 2, self.freedom) * np.sqrt(self.variance))
+
+
+class Rehearsal(NamedTuple):
+    """What rungs gained on platforms that stood in for the target, and how far the few labels there could be believed. All
+    of the mean AUC over the heads, more than that of `scratch`."""
+
+    gains: dict[str, float]
+    """Rung → mean over platforms and draws."""
+    spread: float
+    """Variance of a gain over platforms and draws of users."""
+    bias: float
+    """What the few users' own validation said, less what was gained: early stopping there flatters `scratch`."""
+    error: float
+    """Variance of the same."""
+
+    def expects(self, rung: str, seen: Gain) -> float:
+        """The mean of what was rehearsed and of what was seen on the target (without the bias), each by the other's
+        variance. A rung that was not rehearsed is expected to gain nothing; of one user nothing can be seen."""
+        before = self.gains.get(rung, 0.0)
+        if seen.freedom < 1:
+            return before
+        error = max(self.error, seen.variance)
+        total = error + self.spread
+        return ((seen.value - self.bias) * self.spread + before * error) / total if total > 0 else before
+
+
+def understudy(
+    rest: Examples,
+    q_MG: np.ndarray,
+    row: int,
+    config: StudentConfig,
+    schedule: Schedule,
+    *,
+    source: Network | None = None,
+    check: Check = lambda: None,
+) -> Task:
+    """The platform `row` of `rest` in the target's place, with all its users. `source`: what `pretrain` gave of the others
+    of `rest`, where that is there already."""
+    of, others = np.flatnonzero(rest.platform_M == row), np.flatnonzero(rest.platform_M != row)
+    own, others_rest = subset(rest, of), subset(rest, others)
+    if source is None:
+        source = pretrain(others_rest, q_MG[others], config, schedule, check)
+    own = dataclasses.replace(own, learn_next_M=np.zeros(len(own), bool))
+    unlabelled_NF = own.columns.features_NF.numpy()[own.ts_M <= own.ts_M[own.learn_MT.any(axis=1)].max(initial=-1)]
+    q_own_MG = np.zeros((len(own), q_MG.shape[1]), np.float32)
+    return Task(row, source, own, others_rest, unlabelled_NF, q_own_MG, q_MG[others], schedule, check)
+
+
+def labels_a_user(own: Examples) -> tuple[float, float]:
+    """Examples to learn from, and to check by, for each user who has any."""
+    users = len(np.unique(own.user_M[(own.learn_MT | own.check_MT).any(axis=1)]))
+    return own.learn_MT.any(axis=1).sum() / max(users, 1), own.check_MT.any(axis=1).sum() / max(users, 1)
+
+
+def _thinned(own: Examples, labels: tuple[float, float], rng: np.random.Generator) -> Examples:
+    """With no more labels a user than that, left out at random."""
+    shares = [min(1.0, wanted / max(has, 1e-9)) for wanted, has in zip(labels, labels_a_user(own), strict=True)]
+    learn_M1, check_M1 = (rng.random((len(own), 1)) < share for share in shares)
+    return dataclasses.replace(own, learn_MT=own.learn_MT & learn_M1, check_MT=own.check_MT & check_M1)
+
+
+def rehearse(
+    understudies: Iterable[Task],
+    users: int,
+    labels: tuple[float, float],
+    names: Iterable[str],
+    *,
+    draws: int = REHEARSALS,
+    most: int = 600,
+) -> Rehearsal:
+    """What the rungs `names` gain over `scratch` on each understudy by so many of its labelled users, drawn anew `draws`
+    times (once where that is all of them), with no more `labels_a_user`; judged on the examples to check by of up to `most`
+    users, drawn or not. A head that nobody is left to teach to an understudy says nothing."""
+    gained: dict[str, list[float]] = {name: [] for name in names if name != "scratch"}
+    mistakes: list[float] = []
+    for whole in understudies:
+        rng = np.random.default_rng([whole.row, users])
+        own, judged_MT = whole.own, whole.own.check_MT
+        labelled = np.unique(own.user_M[(own.learn_MT | judged_MT).any(axis=1)])
+        judges = np.unique(own.user_M[judged_MT.any(axis=1)])
+        if len(judges) > most:
+            judges = rng.choice(judges, most, replace=False)
+        judge_at = np.flatnonzero(np.isin(own.user_M, judges))
+        judge = subset(own, judge_at)
+        for draw in range(draws if users < len(labelled) else 1):
+            drawn = rng.choice(labelled, min(users, len(labelled)), replace=False)
+            few = _thinned(subset(own, np.flatnonzero(np.isin(own.user_M, drawn))), labels, rng)
+            task = whole._replace(
+                source=adopt(whole.source, whole.row, few),
+                own=few,
+                q_own_MG=whole.q_own_MG[: len(few)],
+                schedule=whole.schedule._replace(seed=whole.schedule.seed + draw),
+            )
+            networks = climb_all(task, ["scratch", *gained])
+            taught = [t for t in range(len(own.tasks)) if whole.rest.learn_MT[:, t].any()]
+            said = {name: logits(network, judge, np.arange(len(judge))) for name, network in networks.items()}
+            on_few = {name: logits(network, few, np.arange(len(few))) for name, network in networks.items()}
+            for name in gained:
+                gain = _more_macro(judge, taught, judged_MT[judge_at], said[name], said["scratch"])
+                if gain.freedom < 1:
+                    continue
+                gained[name].append(gain.value)
+                seen = _more_macro(few, taught, few.check_MT, on_few[name], on_few["scratch"])
+                mistakes += [seen.value - gain.value] * (seen.freedom >= 1)
+            whole.check()
+    varied = [gain - np.mean(gains) for gains in gained.values() for gain in gains]
+    return Rehearsal(
+        {name: float(np.mean(gains)) if gains else 0.0 for name, gains in gained.items()},
+        float(np.mean(np.square(varied))) if varied else 1.0,
+        float(np.mean(mistakes)) if mistakes else 0.0,
+        float(np.var(mistakes)) if mistakes else 0.0,
+    )
+
+
 class Choice(NamedTuple):
     """Which rung, and why."""
 
@@ -522,44 +647,59 @@ class Choice(NamedTuple):
     """What would be taken without the guard and without scratch: the best in sum."""
 
 
-def choose(own: Examples, logits_of: Mapping[str, np.ndarray]) -> Choice:
-    """The rung with the greatest AUC in sum over the heads, on the examples to check by; one that is significantly worse
-    than `scratch` on a head (paired, user-clustered, 5 % over all heads) is out, and where none is better in sum it is
-    `scratch`. `logits_of`: rung → (M, T) of `own`, `scratch` among them. With nothing to check by it is `scratch`.
+def choose(own: Examples, logits_of: Mapping[str, np.ndarray], rehearsed: Rehearsal | None = None) -> Choice:
+    """The rung with the greatest AUC in sum over the heads, on the examples to check by and, as far as those leave it open,
+    by what was `rehearsed` (`Rehearsal.expects`). A rung is out that is significantly worse than `scratch` on a head of the
+    target (paired, user-clustered, 5 % over all heads); where none is better in sum it is `scratch`. `logits_of`: rung →
+    (M, T) of `own`, `scratch` among them. With nothing to check by and nothing rehearsed it is `scratch`.
 
     By AUC, since a calibration follows: of a hundred labels the log-loss says most about who is near the base rate. By what
     is later than all that was learned from: labels of the same days, of users left out, favour whoever learned the days."""
-    heads: dict[str, tuple[int, np.ndarray]] = {}
-    for task, title in enumerate(own.tasks):
-        at = np.flatnonzero(own.check_MT[:, task])
-        if len(at) and np.ptp(own.y_MT[at, task]):
-            heads[title] = task, at
-    reasons, gains, allowed = {}, {}, {}
+    heads = _heads(own, range(len(own.tasks)), own.check_MT)
+    theirs = logits_of["scratch"]
+    reasons, sums, allowed = {}, {}, {}
     for name in (name for name in logits_of if name != "scratch"):
-        more = {
-            title: _more_auc(
-                own.y_MT[at, task],
-                logits_of[name][at, task],
-                logits_of["scratch"][at, task],
-                own.user_M[at],
-                0.05 / len(heads),
-            )
-            for title, (task, at) in heads.items()
+        of_heads = {
+            own.tasks[t]: _more_auc(own.y_MT[at, t], logits_of[name][at, t], theirs[at, t], own.user_M[at])
+            for t, at in heads.items()
         }
-        worse = [title for title, gain in more.items() if gain.high < 0]
-        gains[name] = float(sum(gain.value for gain in more.values()))
-        allowed[name] = gains[name] > 0 and not worse
+        worse = [title for title, gain in of_heads.items() if gain.high(0.05 / len(heads)) < 0]
+        if rehearsed:
+            seen = _more_macro(own, range(len(own.tasks)), own.check_MT, logits_of[name], theirs)
+            sums[name] = max(1, len(heads)) * rehearsed.expects(name, seen)
+        else:
+            sums[name] = float(sum(gain.value for gain in of_heads.values()))
+        allowed[name] = sums[name] > 0 and not worse
         verdict = "allowed" if allowed[name] else f"worse on {', '.join(worse)}" if worse else "no better in sum"
-        reasons[name] = f"{verdict}: AUC {gains[name]:+.4f} in sum over {len(more)} heads"
-    best = max((name for name in gains if allowed[name]), key=gains.__getitem__, default="scratch")
-    return Choice(best, reasons, max(gains, key=gains.__getitem__, default="scratch"))
+        reasons[name] = f"{verdict}: AUC {sums[name]:+.4f} in sum over {len(heads)} heads"
+    best = max((name for name in sums if allowed[name]), key=sums.__getitem__, default="scratch")
+    return Choice(best, reasons, max(sums, key=sums.__getitem__, default="scratch"))
 
 
-def _more_auc(
-    y_A: np.ndarray, ours_A: np.ndarray, theirs_A: np.ndarray, user_A: np.ndarray, alpha: float
-) -> metrics.Interval:
-    """Ours − theirs and its interval at level 1 − `alpha`: a jackknife over groups of users, Student's t. With a dozen users
-    the percentiles of a bootstrap are much too narrow. Unbounded for one user."""
+def _heads(examples: Examples, tasks: Iterable[int], at_MT: np.ndarray) -> dict[int, np.ndarray]:
+    """Task → its examples in the mask, where both outcomes occur."""
+    places = {t: np.flatnonzero(at_MT[:, t]) for t in tasks}
+    return {t: at for t, at in places.items() if len(at) and np.ptp(examples.y_MT[at, t])}
+
+
+def _more_macro(
+    examples: Examples, tasks: Iterable[int], at_MT: np.ndarray, ours_MT: np.ndarray, theirs_MT: np.ndarray
+) -> Gain:
+    """Ours − theirs in the mean over heads; its variance as if the heads erred together, since their users are the same."""
+    y_MT, user_M = examples.y_MT, examples.user_M
+    gains = [
+        _more_auc(y_MT[at, t], ours_MT[at, t], theirs_MT[at, t], user_M[at])
+        for t, at in _heads(examples, tasks, at_MT).items()
+    ]
+    if not gains:
+        return Gain(0.0, np.inf, 0)
+    deviation = np.mean([np.sqrt(gain.variance) for gain in gains])
+    return Gain(float(np.mean([gain.value for gain in gains])), float(deviation**2), min(gain.freedom for gain in gains))
+
+
+def _more_auc(y_A: np.ndarray, ours_A: np.ndarray, theirs_A: np.ndarray, user_A: np.ndarray) -> Gain:
+    """Ours − theirs, by a jackknife over groups of users: with a dozen users the percentiles of a bootstrap are much too
+    narrow."""
 
     def difference(of_A: np.ndarray) -> float:
         y = y_A[of_A]
@@ -567,12 +707,22 @@ def _more_auc(
 
     value = difference(np.ones(len(y_A), bool))
     user_A = np.unique(user_A, return_inverse=True)[1]
-    groups = min(int(user_A.max()) + 1, GROUPS)
-    if groups < 2:
-        return metrics.Interval(value, -np.inf, np.inf)
+    groups = min(int(user_A.max(initial=-1)) + 1, GROUPS)
+    if groups < 2 or not np.ptp(y_A):
+        return Gain(value, np.inf, 0)
     without = [difference(user_A % groups != left) for left in range(groups)]
-    half = stats.t.ppf(1 - alpha / 2, groups - 1) * np.sqrt((groups - 1) * np.var(without))
-    return metrics.Interval(value, float(value - half), float(value + half))
+    return Gain(value, float((groups - 1) * np.var(without)), groups - 1)
+
+
+def _rehearsal(task: Task, config: StudentConfig) -> Rehearsal | None:
+    """Each other platform in the target's place, with as many users and labels as the target has. None where there is but
+    one other: it would have nobody to learn from."""
+    rows = np.unique(task.rest.platform_M)
+    if len(rows) < 2:
+        return None
+    users = len(np.unique(task.own.user_M[(task.own.learn_MT | task.own.check_MT).any(axis=1)]))
+    stand_ins = (understudy(task.rest, task.q_rest_MG, int(row), config, task.schedule, check=task.check) for row in rows)
+    return rehearse(stand_ins, users, labels_a_user(task.own), REHEARSED)
 
 
 class Transferred(NamedTuple):
@@ -593,7 +743,6 @@ def transfer(
     target: str,
     prior_logits_3: np.ndarray,
     rung: str = "auto",
-    dropout: float = 0.1,
     check: Check = lambda: None,
 ) -> Transferred:
     """A major model for the platform `target`: the named rung's, or with `auto` the one that `choose` takes of all. It is
@@ -609,7 +758,7 @@ def transfer(
         raise ValueError(f"{target!r} has {len(of_target)} examples and the other platforms {len(others)}: both are needed")
     table, q_MG = category_targets(examples, category_names, len(config.platforms))
     own, rest = subset(examples, of_target), subset(examples, others)
-    source = pretrain(rest, q_MG[others], config, schedule, dropout=dropout, check=check)
+    source = pretrain(rest, q_MG[others], config, schedule, check)
     task = Task(
         row,
         adopt(source, row, own),
@@ -619,13 +768,13 @@ def transfer(
         q_MG[of_target],
         q_MG[others],
         schedule,
-        dropout,
         check,
     )
     if rung == "auto":
         networks = climb_all(task)
         everything = np.arange(len(own))
-        choice = choose(own, {name: logits(network, own, everything) for name, network in networks.items()})
+        said = {name: logits(network, own, everything) for name, network in networks.items()}
+        choice = choose(own, said, _rehearsal(task, config))
         name, reasons, network = choice.rung, choice.reasons, networks[choice.rung]
     else:
         name, reasons, network = rung, {}, RUNGS[rung](task)
