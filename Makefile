@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --python $(BIN)/python --quiet -e '.[dev]'
-	$(BIN)/python -m models.warm
+	$(BIN)/python -m streams.warm
 	touch $@
 
 demo: setup  ## the whole thing in one terminal; ARGS="--seconds 60"
@@ -31,7 +31,7 @@ demo: setup  ## the whole thing in one terminal; ARGS="--seconds 60"
 # Exit status 5: of what ARGS names, nothing was of this half.
 test: setup  ## all tests, on the embedded broker; those on real data skip where CROSSCURRENT_DATA is absent
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not broker and not demo" $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -m "broker or demo" $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "broker or demo" $(ARGS) || [ $$? -eq 5 ]
 
 test-unit: setup  ## the tests that need neither a broker nor data, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not broker and not demo and not data" $(ARGS)

@@ -16,6 +16,7 @@ Shapes: N events, C categories, P platforms (index 0: unknown), K ring. Knows no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -32,6 +33,9 @@ TOP_POPULAR, TOP_MARKOV = 32, 16
 RECENCY = 0.5
 """The weight of an event's category in `copy_recency`, relative to the one after it."""
 _OTHER = MAX_CANDIDATES
+_HALF_BIT = 0.5 / math.log(2.0)
+_WIDTH = 72
+"""Of what is kept for each candidate and for *other*: whole vector registers."""
 _COPY, _FREQUENCY, _SHORT, _LONG, _MARKOV, _POPULAR, _REST = range(N_GATES)
 
 
@@ -52,25 +56,24 @@ def view_dtype(size: str = "cpu") -> np.dtype:
 
 
 @njit(cache=True, nogil=True)
-def take_view(rows, slot, views, i):
-    """views[i] ← what the candidates need of rows[slot]."""
-    row, view = rows[slot], views[i]
-    ring, kept, n = row["ring_category"], view["ring_category"], 0
-    for j in range(row["n_ring"] - 1, -1, -1):
-        if ring[j] != 0:
-            kept[n] = ring[j]
+def take_view(row, view):
+    """view ← what the candidates need of a row. Places of the ring from `n` on are left as they are."""
+    n = 0
+    for j in range(np.int64(row.n_ring) - 1, -1, -1):
+        if row.ring_category[j] != 0:
+            view.ring_category[n] = row.ring_category[j]
             n += 1
-    view["n"] = n
-    view["short_category"][:] = row["mix_short_category"]
-    view["short_weight"][:] = row["mix_short_weight"]
-    view["long_category"][:] = row["mix_long_category"]
-    view["long_weight"][:] = row["mix_long_weight"]
+    view.n = n
+    for j in range(MIX_SHORT):
+        view.short_category[j], view.short_weight[j] = row.mix_short_category[j], row.mix_short_weight[j]
+    for j in range(MIX_LONG):
+        view.long_category[j], view.long_weight[j] = row.mix_long_category[j], row.mix_long_weight[j]
 
 
 @njit(cache=True, nogil=True)
 def _take_views(rows, slots, views):
     for i in range(len(slots)):
-        take_view(rows, slots[i], views, i)
+        take_view(rows[slots[i]], views[i])
 
 
 def views_of(rows: np.ndarray, slots: np.ndarray, size: str = "cpu") -> np.ndarray:
@@ -84,45 +87,63 @@ class _Tables(NamedTuple):
     """The table as the kernels read it."""
 
     key_T: np.ndarray  # u4, open addressing by the hash itself; 0 empty
-    index_T: np.ndarray
+    index_T: np.ndarray  # C where the key is 0
     popular_PT: np.ndarray
     popular_p_PT: np.ndarray
+    popular_n_P: np.ndarray  # how many there are before the first −1
+    popular_rest_P: np.ndarray  # what they leave to *other*
     markov_CM: np.ndarray
     markov_p_CM: np.ndarray
+    markov_n_C: np.ndarray
+    markov_rest_C: np.ndarray
     markov_back_C: np.ndarray
 
 
+def _filled(index_XT: np.ndarray, p_XT: np.ndarray, whole_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """→ how many each row names before its first −1, and what of `whole` their shares leave, taken off one by one."""
+    n_X = np.argmax(np.hstack([index_XT < 0, np.ones((len(index_XT), 1), bool)]), axis=1)
+    rest_X = whole_X.astype(np.float32)
+    for t in range(index_XT.shape[1]):
+        rest_X = np.where(t < n_X, rest_X - p_XT[:, t], rest_X)
+    return n_X, np.maximum(rest_X, np.float32(0.0))
+
+
 @njit(cache=True, nogil=True)
-def _find(tables, category):
-    """Index of a category's hash in the table, −1 where it is not there."""
-    last = len(tables.key_T) - 1
-    at = category & last
-    while tables.key_T[at] != 0:
-        if tables.key_T[at] == category:
-            return tables.index_T[at]
+def _find(key_T, index_T, category):
+    """Index of a category's hash in the table; the number of categories where it is not there."""
+    last = len(key_T) - 1
+    at = np.int64(category) & last
+    while key_T[at] != category and key_T[at] != 0:
         at = (at + 1) & last
-    return -1
+    return np.int64(index_T[at])
 
 
 @njit(cache=True, nogil=True)
-def _place(index, seen_C, candidates, q, n):
-    """→ (place of a category among the candidates, number of candidates): itself where it fits, else *other*."""
-    if index < 0:
-        return _OTHER, n
-    place = seen_C[index]
-    if place >= 0:
-        return place, n
-    if n == MAX_CANDIDATES:
-        return _OTHER, n
-    seen_C[index] = n
+def _workspace(tables):
+    """→ seen_C, candidates, q, back, as `_components` takes them."""
+    seen_C = np.full(len(tables.markov_back_C) + 1, -1, np.int8)
+    seen_C[-1] = _OTHER  # whatever is not in the table
+    candidates = np.empty(MAX_CANDIDATES + 1, np.int32)
+    return seen_C, candidates, np.zeros((N_GATES, _WIDTH), np.float32), np.zeros(N_GATES, np.float32)
+
+
+@njit(cache=True, nogil=True)
+def _place(index, seen_C, candidates, n):
+    """→ (place of a category among the candidates, number of candidates): itself where it fits, else *other*.
+
+    Without a branch, which no processor could predict: with all places taken, n is *other*'s place.
+    """
+    place = np.int64(seen_C[index])
+    new = place < 0
+    placed = n if new else place
+    fits = new and n < MAX_CANDIDATES
     candidates[n] = index
-    for k in range(N_GATES):
-        q[k, n] = 0.0
-    return n, n + 1
+    seen_C[index] = n if fits else place
+    return placed, n + np.int64(fits)
 
 
 @njit(cache=True, nogil=True)
-def _mix(tables, categories, weights, component, seen_C, candidates, q, n):
+def _mix(key_T, index_T, categories, weights, component, seen_C, candidates, q, n):
     """Adds a normalised mix. → (anything in it, number of candidates)"""
     total = np.float32(0.0)
     for j in range(len(categories)):
@@ -132,19 +153,19 @@ def _mix(tables, categories, weights, component, seen_C, candidates, q, n):
         return False, n
     for j in range(len(categories)):
         if categories[j] != 0 and weights[j] > 0:
-            place, n = _place(_find(tables, categories[j]), seen_C, candidates, q, n)
+            place, n = _place(_find(key_T, index_T, categories[j]), seen_C, candidates, n)
             q[component, place] += weights[j] / total
     return True, n
 
 
-@njit(cache=True, nogil=True)
-def _components(tables, view, platform, seen_C, candidates, q):
-    """Fills `candidates` (64,) and q (7, 65): q_k of every candidate, and in the last column of *other*.
-    → number of candidates. `seen_C` comes as all −1 and is left with the candidates' places."""
-    n, one = 0, np.float32(1.0)
-    for k in range(N_GATES):
-        q[k, _OTHER] = 0.0
-    back = np.zeros(N_GATES, np.float32)  # the part of each component that popularity speaks for
+# Inlined: a call would hand over each field of each array of the tables, a quarter of a microsecond.
+@njit(cache=True, nogil=True, inline="always")
+def _components(tables, key_T, index_T, view, platform, seen_C, candidates, q, back):
+    """Fills `candidates` (65,) and q (7, _WIDTH): q_k of every candidate, and in the last column of *other*; 0 between them.
+    → number of candidates. `seen_C` comes as `_workspace` made it and is left with the candidates' places."""
+    n, one = np.int64(0), np.float32(1.0)
+    q[:] = 0.0
+    back[:] = 0.0  # the part of each component that popularity speaks for
     ring, filled = view["ring_category"], view["n"]
 
     if filled == 0:
@@ -154,48 +175,48 @@ def _components(tables, view, platform, seen_C, candidates, q):
         for _ in range(filled):
             total += weight
             weight *= np.float32(RECENCY)
-        weight = one / total
+        weight, share = one / total, one / np.float32(filled)
         for j in range(filled):
-            place, n = _place(_find(tables, ring[j]), seen_C, candidates, q, n)
+            place, n = _place(_find(key_T, index_T, ring[j]), seen_C, candidates, n)
             q[_COPY, place] += weight
-            q[_FREQUENCY, place] += one / np.float32(filled)
+            q[_FREQUENCY, place] += share
             weight *= np.float32(RECENCY)
-    some, n = _mix(tables, view["short_category"], view["short_weight"], _SHORT, seen_C, candidates, q, n)
+    some, n = _mix(key_T, index_T, view["short_category"], view["short_weight"], _SHORT, seen_C, candidates, q, n)
     if not some:
         back[_SHORT] = one
-    some, n = _mix(tables, view["long_category"], view["long_weight"], _LONG, seen_C, candidates, q, n)
+    some, n = _mix(key_T, index_T, view["long_category"], view["long_weight"], _LONG, seen_C, candidates, q, n)
     if not some:
         back[_LONG] = one
 
-    latest = _find(tables, ring[0]) if filled else -1
-    if latest < 0:
+    unknown = len(tables.markov_back_C)
+    latest = _find(key_T, index_T, ring[0]) if filled else unknown
+    if latest == unknown:
         back[_MARKOV] = one
     else:
         back[_MARKOV] = tables.markov_back_C[latest]
-        rest = one - back[_MARKOV]
-        for j in range(tables.markov_CM.shape[1]):
-            if tables.markov_CM[latest, j] < 0:
-                break
-            place, n = _place(tables.markov_CM[latest, j], seen_C, candidates, q, n)
-            q[_MARKOV, place] += tables.markov_p_CM[latest, j]
-            rest -= tables.markov_p_CM[latest, j]
-        q[_MARKOV, _OTHER] += max(rest, np.float32(0.0))
+        n_listed = tables.markov_n_C[latest]
+        n = _listed(tables.markov_CM, tables.markov_p_CM, latest, n_listed, q, _MARKOV, seen_C, candidates, n)
+        q[_MARKOV, _OTHER] += tables.markov_rest_C[latest]
 
-    rest = one
-    for j in range(tables.popular_PT.shape[1]):
-        if tables.popular_PT[platform, j] < 0:
-            break
-        place, n = _place(tables.popular_PT[platform, j], seen_C, candidates, q, n)
-        q[_POPULAR, place] += tables.popular_p_PT[platform, j]
-        rest -= tables.popular_p_PT[platform, j]
-    q[_POPULAR, _OTHER] += max(rest, np.float32(0.0))
+    n_listed = tables.popular_n_P[platform]
+    n = _listed(tables.popular_PT, tables.popular_p_PT, platform, n_listed, q, _POPULAR, seen_C, candidates, n)
+    q[_POPULAR, _OTHER] += tables.popular_rest_P[platform]
 
     for k in range(_POPULAR):
-        if back[k] > 0:
-            for c in range(n):
-                q[k, c] += back[k] * q[_POPULAR, c]
-            q[k, _OTHER] += back[k] * q[_POPULAR, _OTHER]
+        part = back[k]
+        if part > 0:
+            for c in range(_WIDTH):
+                q[k, c] += part * q[_POPULAR, c]
     q[_REST, _OTHER] = one
+    return n
+
+
+@njit(cache=True, nogil=True)
+def _listed(index_XT, p_XT, x, n_listed, q, component, seen_C, candidates, n):
+    """Adds the first `n_listed` of a row of the table. → number of candidates"""
+    for j in range(n_listed):
+        place, n = _place(index_XT[x, j], seen_C, candidates, n)
+        q[component, place] += p_XT[x, j]
     return n
 
 
@@ -219,72 +240,95 @@ def _softmax(logits_K, out_K):
 
 
 @njit(cache=True, nogil=True)
-def _divergence(p, long, n):
-    """Jensen-Shannon divergence (base 2) over n candidates and *other*."""
+def _mixture(gate_G, q, p):
+    for c in range(_WIDTH):
+        total = np.float32(0.0)
+        for k in range(N_GATES):
+            total += gate_G[k] * q[k, c]
+        p[c] = total
+
+
+# A sum in any order: an output, no state. So it is of vector instructions.
+@njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _outside(p, long):
+    """The sum of p where `long` says nothing."""
     total = 0.0
-    for c in range(n + 1):
-        at = c if c < n else _OTHER
-        one, two = np.float64(p[at]), np.float64(long[at])
+    for c in range(_WIDTH):
+        total += np.float64(p[c]) if long[c] <= 0 else 0.0
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _divergence(p, long, at):
+    """Jensen-Shannon divergence (base 2) over the candidates and *other*. `at`: scratch for (_WIDTH,) places."""
+    n = 0
+    for c in range(_OTHER + 1):
+        at[n] = c
+        n += long[c] > 0
+    total = 0.5 * _outside(p, long)  # ½ p log2(p / ½p)
+    for j in range(n):
+        one, two = np.float64(p[at[j]]), np.float64(long[at[j]])
         middle = 0.5 * (one + two)
-        if two <= 0.0:
-            total += 0.5 * one  # ½ p log2(p / ½p)
-        elif one <= 0.0:
+        if one <= 0.0:
             total += 0.5 * two
         elif one != two:
-            total += 0.5 * (one * np.log2(one / middle) + two * np.log2(two / middle))
+            total += _HALF_BIT * (one * math.log(one / middle) + two * math.log(two / middle))
     return min(max(total, 0.0), 1.0)
 
 
 @njit(cache=True, nogil=True)
+def _keep_most(p, n, candidates, category_T, p_T):
+    """The candidates of the greatest p, greatest first. Equal ones keep the order of the candidates, which the row and
+    the table alone decide."""
+    last = len(p_T) - 1
+    for c in range(n):
+        if p[c] > p_T[last]:
+            t = last
+            while t > 0 and p[c] > p_T[t - 1]:
+                category_T[t], p_T[t] = category_T[t - 1], p_T[t - 1]
+                t -= 1
+            category_T[t], p_T[t] = candidates[c], p[c]
+
+
+@njit(cache=True, nogil=True)
 def _predict(tables, views, platform_N, wanted_N, gates_NG, category_NT, p_NT, shift_N):
-    seen_C = np.full(len(tables.markov_back_C), -1, np.int8)
-    candidates = np.empty(MAX_CANDIDATES, np.int32)
-    q = np.zeros((N_GATES, MAX_CANDIDATES + 1), np.float32)
-    p = np.empty(MAX_CANDIDATES + 1, np.float32)
-    gate_G = np.empty(N_GATES, np.float32)
-    top = category_NT.shape[1]
+    seen_C, candidates, q, back = _workspace(tables)
+    key_T, index_T = tables.key_T, tables.index_T
+    p = np.empty(_WIDTH, np.float32)
+    gate_G, at = np.empty(N_GATES, np.float32), np.empty(_WIDTH, np.int64)
     for i in range(len(platform_N)):
-        for t in range(top):
-            category_NT[i, t] = -1
-            p_NT[i, t] = 0.0
+        category_NT[i] = -1
+        p_NT[i] = 0.0
         shift_N[i] = np.nan
         if not wanted_N[i]:
             continue
-        n = _components(tables, views[i], platform_N[i], seen_C, candidates, q)
+        n = _components(tables, key_T, index_T, views[i], platform_N[i], seen_C, candidates, q, back)
         _softmax(gates_NG[i], gate_G)
-        p[:] = 0.0
-        for k in range(N_GATES):
-            for c in range(n):
-                p[c] += gate_G[k] * q[k, c]
-            p[_OTHER] += gate_G[k] * q[k, _OTHER]
-        for c in range(n):
-            # Equal probabilities keep the order of the candidates, which the row and the table alone decide.
-            t = top
-            while t > 0 and p[c] > p_NT[i, t - 1]:
-                t -= 1
-            if t < top:
-                for later in range(top - 1, t, -1):
-                    category_NT[i, later] = category_NT[i, later - 1]
-                    p_NT[i, later] = p_NT[i, later - 1]
-                category_NT[i, t] = candidates[c]
-                p_NT[i, t] = p[c]
-        if views[i]["long_weight"].max() > 0:
-            shift_N[i] = np.sqrt(_divergence(p, q[_LONG], n))
+        _mixture(gate_G, q, p)
+        _keep_most(p, n, candidates, category_NT[i], p_NT[i])
+        if _any_above_zero(views[i]["long_weight"]):
+            shift_N[i] = np.sqrt(_divergence(p, q[_LONG], at))
         _forget(seen_C, candidates, n)
 
 
 @njit(cache=True, nogil=True)
+def _any_above_zero(weights):
+    found = False
+    for j in range(len(weights)):
+        found |= weights[j] > 0
+    return found
+
+
+@njit(cache=True, nogil=True)
 def _target(tables, views, platform_N, next_N, q_NG):
-    seen_C = np.full(len(tables.markov_back_C), -1, np.int8)
-    candidates = np.empty(MAX_CANDIDATES, np.int32)
-    q = np.zeros((N_GATES, MAX_CANDIDATES + 1), np.float32)
+    seen_C, candidates, q, back = _workspace(tables)
+    key_T, index_T = tables.key_T, tables.index_T
     for i in range(len(platform_N)):
         if next_N[i] == 0:
             q_NG[i] = 0.0
             continue
-        n = _components(tables, views[i], platform_N[i], seen_C, candidates, q)
-        index = _find(tables, next_N[i])
-        place = seen_C[index] if index >= 0 else -1
+        n = _components(tables, key_T, index_T, views[i], platform_N[i], seen_C, candidates, q, back)
+        place = np.int64(seen_C[_find(key_T, index_T, next_N[i])])
         for k in range(N_GATES):
             q_NG[i, k] = q[k, place if place >= 0 else _OTHER]
         _forget(seen_C, candidates, n)
@@ -358,20 +402,23 @@ class CategoryTable:
 
     @cached_property
     def _tables(self) -> _Tables:
-        size = 1 << max(4, int(2 * len(self.hashes_C)).bit_length())
-        key_T, index_T = np.zeros(size, np.uint32), np.full(size, -1, np.int32)
+        size = 1 << max(10, int(2 * len(self.hashes_C)).bit_length())
+        key_T, index_T = np.zeros(size, np.uint32), np.full(size, len(self.hashes_C), np.int32)
         for index, category in enumerate(self.hashes_C.tolist()):
             at = category & (size - 1)
             while key_T[at]:
                 at = (at + 1) & (size - 1)
             key_T[at], index_T[at] = category, index
+        one_P = np.ones(len(self.popular_PT), np.float32)
         return _Tables(
             key_T,
             index_T,
             self.popular_PT,
             self.popular_p_PT,
+            *_filled(self.popular_PT, self.popular_p_PT, one_P),
             self.markov_CM,
             self.markov_p_CM,
+            *_filled(self.markov_CM, self.markov_p_CM, np.float32(1.0) - self.markov_back_C),
             self.markov_back_C,
         )
 

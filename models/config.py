@@ -42,6 +42,8 @@ class KafkaConfig(_Section):
     session_timeout_s: Positive = 10.0
     heartbeat_interval_s: Positive = 2.0
     fetch_max_wait_ms: Annotated[int, Field(ge=0)] = 20
+    """How long the broker may hold a fetch for which there is nothing. The embedded one holds it for about half of that even
+    where something comes."""
     request_timeout_s: Positive = 40.0
     idempotence: bool = True
     """Idempotent producer, so that a retry sends nothing twice. False for a broker that cannot (the embedded one)."""
@@ -100,20 +102,43 @@ class WorkerConfig(_Section):
     platforms: tuple[str, ...] = ()
     """Names of the platform files to load; empty: all in the folder."""
     data_dir: Path = Path(".crosscurrent")
+    hot_users: Annotated[int, Field(ge=0)] = 0
+    """Most users whose rows are in memory (about 1 KiB each): rows idle for longest move to `data_dir`, and come back with
+    the user's next event. Rows not yet committed stay, also where that makes more. 0: no limit. Needs the extra `cold`."""
     commit_interval_s: Positive = 1.0
-    max_batch: Annotated[int, Field(ge=1, le=65536)] = 4096
-    """Most events in one micro-batch."""
+    max_batch: Annotated[int, Field(ge=1, le=65536)] = 1024
+    """Most events in one micro-batch. More cost little less each, and everything else in the process waits for longer."""
+    linger_ms: Annotated[int, Field(ge=0, le=5000)] = 0
+    """From latency to throughput: how long events may wait in the broker until there are enough for a whole micro-batch.
+    0: every fetch is answered with what there is, so that batches grow with the load by themselves."""
     future_tolerance_s: Positive = 300.0
     on_corrupt_row: Literal["crash", "skip"] = "crash"
     """What recovery does with a changelog row of wrong length or checksum. `skip` loses that user's state and counts it."""
+    snapshot_interval_s: Annotated[float, Field(ge=0)] = 0.0
+    """How often the rows are saved to `data_dir`, and once more when the worker drains, so that a start on this machine
+    reads only what the changelog got since. 0: never."""
+    standbys: Annotated[int, Field(ge=0, le=4)] = 0
+    """Workers that follow each partition's changelog beside its owner, to take over without reading it all. Each holds the
+    rows in memory; the same on every worker."""
     size: Literal["cpu", "gpu"] = "cpu"
     device: str = "auto"
     """`auto`, `cpu` or `cuda[:n]`."""
+    device_memory: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Most of the card's memory that this worker may take: less than 1 where several workers share a card."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Torch threads."""
     explain: Annotated[int, Field(ge=0, le=16)] = 0
     """Events and features that each score's `explain` names, for each head; 0: no explanations, which are many times the
     work of a score (`benchmarks/QUALITY.md` says how many)."""
+
+    @model_validator(mode="after")
+    def _a_batch_is_in_memory(self):
+        if 0 < self.hot_users < self.max_batch:
+            raise ValueError(
+                f"hot_users is {self.hot_users}, and a micro-batch may have {self.max_batch} users (max_batch), all of them "
+                "in memory at once: raise the one, lower the other, or set hot_users to 0 for no limit"
+            )
+        return self
 
 
 class StoreConfig(_Section):
@@ -148,6 +173,8 @@ class TrainerConfig(_Section):
     """Age at which another teacher is fitted; drift and twice as many examples do the same."""
     teacher_transformer: Literal["cpu", "gpu-small", "gpu", "large"] | None = None
     """Size of a causal transformer beside boosting and regression; None: none. It takes far longer than they do."""
+    teacher_texts: bool = False
+    """Whether that transformer reads the words of each item's category, by a small language model (extra `teacher`)."""
     distil_epochs: Annotated[int, Field(ge=1)] = 12
     """Of a major version that distils; a minor one takes `epochs`."""
     distil_rate: Positive = 3e-3
@@ -172,6 +199,12 @@ class TrainerConfig(_Section):
     nice: Annotated[int, Field(ge=0, le=19)] = 10
     """Niceness of the rounds once a model is published: on a machine that it shares, the worker goes first. 0: as it was
     started."""
+
+    @model_validator(mode="after")
+    def _texts_have_a_reader(self):
+        if self.teacher_texts and self.teacher_transformer is None:
+            raise ValueError("teacher_texts needs a teacher_transformer: nothing else of the teacher reads words")
+        return self
 
     @model_validator(mode="after")
     def _transfer_has_a_target(self):

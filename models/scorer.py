@@ -8,6 +8,8 @@
       5. heads     one matrix product: logits and gates         (device)
       6. finish    calibration, masks, categories, shift
 
+On the CPU steps 3 to 6, less the categories, are those of models/serve.py.
+
 Whoever must do something in between calls `prepare`, `fold_with_views` and `score`.
 
 Shapes: N events, F features, H hidden units, P platforms (index 0: unknown to the model).
@@ -30,14 +32,18 @@ from numba import njit
 from models.categories import CategoryTable, take_view, view_dtype
 from models.config import FoldConfig
 from models.events import platform_code
-from models.fold import DUPLICATE, FOLDED, N_FEATURES, fold, fold_params, starts_afresh
-from models.rebuild import refold
-from models.state import row_dtype
+from models.fold import DUPLICATE, FOLDED, N_FEATURES, _fold_one, fold, fold_params, starts_afresh
+from models.rebuild import Refolded, refold
+from models.serve import CpuStudent
+from models.state import N_KINDS, row_dtype
 from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_scan
 
 __all__ = ["CategoryTable", "Model", "Scorer", "Scores", "fold_with_views", "identity_calibration", "platform_lookup"]
 
 TOP_CATEGORIES = 5
+MOST_AT_ONCE = 8192
+_LEAST_AT_ONCE = 256
+"""A device that cannot hold this many events is given up: the CPU is faster than fewer."""
 _REBUILD_USERS = 512
 """Most users whose `h` is rebuilt at once: bounds the memory."""
 
@@ -48,23 +54,28 @@ def _compile_fold_with_views(sources: str):
         """`models.fold.fold`, one event after another, and views[i] (of `view_dtype`) of the row right after event i.
 
         Leaves `h` alone, also of a user who starts afresh: `Scorer.score` puts it to zero when it comes to that event.
+        Raises as `fold` does, before any row has changed.
         """
         _ = sources
-        if len(slots) != len(events) or len(views) < len(events):
-            raise ValueError("fold_with_views: slots, events and views do not fit together")
-        for i in range(len(slots)):
+        n = len(events)
+        if len(slots) != n or min(len(features), len(dt_s), len(status), len(views)) < n or features.shape[1] != N_FEATURES:
+            raise ValueError("fold_with_views: slots, events, views and the outputs do not fit together")
+        for i in range(n):
             if not 0 <= slots[i] < len(rows):
                 raise ValueError("fold_with_views: a slot lies outside the rows")
-        kept = np.empty(0, np.float32)
-        for i in range(len(events)):
-            h = rows[slots[i]]["h"]
-            if len(kept) == 0:
-                kept = np.empty(len(h), np.float32)
-            kept[:] = h
-            one = slice(i, i + 1)
-            fold(rows, slots[one], events[one], params, features[one], dt_s[one], status[one])
-            h[:] = kept
-            take_view(rows, slots[i], views, i)
+            if events[i].kind >= N_KINDS:
+                raise ValueError("fold_with_views: a kind code that there is none of")
+        kept = np.empty(len(rows[0]["h"]) if len(rows) else 0, np.float32)
+        for i in range(n):
+            row, e = rows[slots[i]], events[i]
+            # Only then the fold forgets the user, `h` too; and only then it is worth keeping.
+            forgets = row.n_events > 0 and e.ts - row.last_ts > params.idle_ttl_ms
+            if forgets:
+                kept[:] = row.h
+            status[i], dt_s[i] = _fold_one(row, e, params, features[i])
+            if forgets:
+                row.h[:] = kept
+            take_view(row, views[i])
 
     return fold_with_views
 
@@ -168,12 +179,24 @@ class Folded(NamedTuple):
 
 
 class Scorer:
-    """Serves one model on one device (`auto`, `cpu`, `cuda[:n]`). Not for several threads at once."""
+    """Serves one model on one device (`auto`, `cpu`, `cuda[:n]`). Not for several threads at once.
 
-    def __init__(self, model: Model, device: str = "auto") -> None:
+    Where the device's memory does not do, it goes on with half as many events at once, and in the end on the CPU.
+    """
+
+    def __init__(self, model: Model, device: str = "auto", *, memory_fraction: float = 1.0) -> None:
+        """`memory_fraction`: most of a card's memory that this process may take, where several workers share the card."""
         model.check()
+        if not 0.0 < memory_fraction <= 1.0:
+            raise ValueError(f"memory_fraction {memory_fraction} is not above 0 and at most 1")
         self.model = model
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if self.device.type == "cuda" and memory_fraction < 1.0:
+            torch.cuda.set_per_process_memory_fraction(memory_fraction, self.device)
+        self.out_of_memory = 0
+        """How often the device had too little memory, so far."""
+        self.at_once = MOST_AT_ONCE
+        """Most events given to the device at once."""
         self._student = None
         if model.student is not None:
             self._student = copy.deepcopy(model.student).eval().requires_grad_(False).to(self.device)
@@ -181,6 +204,9 @@ class Scorer:
         self._platform_of_code = platform_lookup(model.config)
         self._can_have_P4 = model.config.can_have()
         self._recurrence_id = model.recurrence_id
+        self._served: CpuStudent | None = None
+        if self._student is not None and self.device.type == "cpu":
+            self._serve_on_cpu()
 
     def run(self, rows: np.ndarray, slots: np.ndarray, events: np.ndarray) -> tuple[Scores, np.ndarray]:
         """The whole path: `fold`, then `score`. → (Scores, status (N,) uint8 of models/fold.py)."""
@@ -207,9 +233,17 @@ class Scorer:
             return 0
         if rows.dtype != row_dtype(self.model.config.size):
             raise ValueError(f"rows are not of size {self.model.config.size!r}, which the model needs")
-        stale = np.unique(slots[rows["h_version"][slots] != self._recurrence_id])
-        for start in range(0, len(stale), _REBUILD_USERS):
-            self._rebuild(rows, stale[start : start + _REBUILD_USERS])
+        stale = slots[rows["h_version"][slots] != self._recurrence_id]
+        if not len(stale):
+            return 0
+        stale = np.unique(stale)
+        # A new user has nothing to be rebuilt from, and there are many.
+        empty = rows["n_ring"][stale] == 0
+        rows["h"][stale[empty]] = 0.0
+        rows["h_version"][stale[empty]] = self._recurrence_id
+        held = stale[~empty]
+        for start in range(0, len(held), _REBUILD_USERS):
+            self._rebuild(rows, held[start : start + _REBUILD_USERS])
         return len(stale)
 
     @torch.inference_mode()
@@ -218,16 +252,26 @@ class Scorer:
         counts = refolded.counts
         h_UH = np.zeros((len(slots), self.model.config.hidden), np.float32)
         if len(refolded.events):
-            encoded = self._student.encode(self._columns(refolded.events, refolded.features, refolded.dt_s))
             ends = np.cumsum(counts)
             starts_N = np.zeros(len(refolded.events), bool)
             starts_N[(ends - counts)[counts > 0]] = True
-            h_NH = linear_scan(encoded.a_NH, encoded.b_NH, torch.from_numpy(starts_N).to(self.device)).cpu().numpy()
+            try:
+                h_NH = self._scanned(refolded, starts_N)
+            except torch.OutOfMemoryError:
+                self.out_of_memory += 1
+                self._serve_on_cpu()
+                h_NH = self._scanned(refolded, starts_N)
             h_UH[counts > 0] = h_NH[ends[counts > 0] - 1]
         rows["h"][slots] = h_UH
         rows["h_version"][slots] = self._recurrence_id
 
-    @torch.inference_mode()
+    def _scanned(self, refolded: Refolded, starts_N: np.ndarray) -> np.ndarray:
+        columns = self._columns(
+            refolded.events, refolded.features, refolded.dt_s, self._platform_of_code[refolded.events["platform"]]
+        )
+        encoded = self._student.encode(columns)
+        return linear_scan(encoded.a_NH, encoded.b_NH, torch.from_numpy(starts_N).to(self.device)).cpu().numpy()
+
     def score(
         self,
         rows: np.ndarray,
@@ -245,42 +289,91 @@ class Scorer:
         without categories. Raises `ValueError` where `prepare` was left out.
         """
         n = len(events)
-        status_N = status[:n]
+        features_NF, dt_s_N, status_N = features[:n], dt_s[:n], status[:n]
         platform_N = self._platform_of_code[events["platform"]]
+        if self._student is not None:
+            stale = np.count_nonzero(rows["h_version"][slots] != self._recurrence_id)
+            if stale:
+                raise ValueError(f"h at {stale} events belongs to another recurrence; call prepare() before the fold")
         if self._student is None:
             # `h` is not advanced, so that it is no longer anybody's.
             rows["h_version"][slots[status_N == FOLDED]] = 0
-            logits_N3, gates_NG = np.zeros((n, N_LOGITS), np.float32), None
+            p_N3 = self._probabilities(np.zeros((n, N_LOGITS), np.float32), platform_N, status_N)
+            gates_NG = wanted_N = None
         else:
-            logits_N3, gates_NG = self._infer(rows, slots, events, features[:n], dt_s[:n], status_N)
-        can_N4 = self._can_have_P4[platform_N] & (status_N != DUPLICATE)[:, None]
-        p_N3 = self._probabilities(logits_N3, platform_N)
-        p_N3[~can_N4[:, :N_LOGITS]] = np.nan
+            features_NF, dt_s_N = (np.ascontiguousarray(column, np.float32) for column in (features_NF, dt_s_N))
+            fresh_N = starts_afresh(features_NF, status_N)
+            p_N3, gates_NG, wanted_N = self._infer(rows, slots, events, features_NF, dt_s_N, status_N, fresh_N, platform_N)
         if self.model.categories is None:
             none = np.full((n, TOP_CATEGORIES), -1, np.int32)
             return Scores(p_N3, none, np.zeros(none.shape, np.float32), np.full(n, np.nan, np.float32))
-        wanted_N = np.ascontiguousarray(can_N4[:, N_LOGITS])
         mixed = self.model.categories.predict(views, platform_N, gates_NG, wanted_N, TOP_CATEGORIES)
         return Scores(p_N3, *mixed)
 
-    def _infer(self, rows, slots, events, features_NF, dt_s_N, status_N) -> tuple[np.ndarray, np.ndarray]:
-        """Steps 3 to 5. → logits (N, 3), gate logits (N, 7)."""
-        stale = np.count_nonzero(rows["h_version"][slots] != self._recurrence_id)
-        if stale:
-            raise ValueError(f"h at {stale} events belongs to another recurrence; call prepare() before the fold")
-        columns = self._columns(events, features_NF, dt_s_N)
-        x_NF, e_NE, a_NH, b_NH = self._student.encode(columns)
+    def _infer(self, rows, slots, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps 3 to 6 but the categories. → p (N, 3), gate logits (N, 7), wanted (N,): as `CpuStudent.score`, whose
+        arguments these are."""
+        if self._served is not None:
+            return self._served.score(rows, slots, *columns)
+        parts, start, n = [], 0, len(slots)
+        while start < n or not parts:
+            if self._served is not None:
+                at = slice(start, n)
+                parts.append(self._served.score(rows, slots[at], *(column[at] for column in columns)))
+                break
+            at = slice(start, start + self.at_once)
+            part = self._infer_on_device(rows, slots[at], *(column[at] for column in columns))
+            if part is not None:
+                parts.append(part)
+                start = at.stop
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+    @torch.inference_mode()
+    def _infer_on_device(self, rows, slots, events, features_NF, dt_s_N, status_N, fresh_N, platform_N):
+        """`_infer` of some events; None where the device had too little memory, and then no row has changed."""
+        try:
+            columns = self._columns(events, features_NF, dt_s_N, platform_N)
+            x_NF, e_NE, a_NH, b_NH = self._student.encode(columns)
+            a_NH, b_NH = a_NH.cpu().numpy(), b_NH.cpu().numpy()
+        except torch.OutOfMemoryError:
+            self._take_less()
+            return None
         h_NH = np.empty(a_NH.shape, np.float32)
-        fresh_N = starts_afresh(features_NF, status_N)
-        _advance(rows, slots, status_N == FOLDED, fresh_N, a_NH.cpu().numpy(), b_NH.cpu().numpy(), h_NH)
-        h_NH = torch.from_numpy(h_NH).to(self.device)
-        logits_N3, gates_NG = self._student.heads(h_NH, x_NF, e_NE, columns.platform_N)
-        return logits_N3.cpu().numpy(), gates_NG.cpu().numpy()
+        _advance(rows, slots, status_N == FOLDED, fresh_N, a_NH, b_NH, h_NH)
+        h_NH = torch.from_numpy(h_NH)
+        try:
+            logits_N3, gates_NG = self._student.heads(h_NH.to(self.device), x_NF, e_NE, columns.platform_N)
+            logits_N3, gates_NG = logits_N3.cpu().numpy(), gates_NG.cpu().numpy()
+        except torch.OutOfMemoryError:
+            # The rows have these events already: they cannot be tried again, so the CPU finishes them.
+            self._take_less()
+            student, columns = copy.deepcopy(self.model.student).eval().to("cpu"), columns.to("cpu")
+            x_NF, e_NE, _, _ = student.encode(columns)
+            logits_N3, gates_NG = (out.numpy() for out in student.heads(h_NH, x_NF, e_NE, columns.platform_N))
+        wanted_N = self._can_have_P4[platform_N, N_LOGITS] & (status_N != DUPLICATE)
+        return self._probabilities(logits_N3, platform_N, status_N), gates_NG, wanted_N
 
-    def _columns(self, events: np.ndarray, features_NF: np.ndarray, dt_s_N: np.ndarray) -> Columns:
-        return Columns.of(events, features_NF, dt_s_N, self._platform_of_code[events["platform"]], self.device)
+    def _take_less(self) -> None:
+        self.out_of_memory += 1
+        self.at_once //= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.at_once < _LEAST_AT_ONCE:
+            self._serve_on_cpu()
 
-    def _probabilities(self, logits_N3: np.ndarray, platform_N: np.ndarray) -> np.ndarray:
+    def _serve_on_cpu(self) -> None:
+        """From now on; also where the device was the CPU from the first."""
+        self.device = torch.device("cpu")
+        self._student = self._student.to(self.device)
+        self._served = CpuStudent(self._student, self.model.calibration_P32, self._can_have_P4)
+
+    def _columns(self, events: np.ndarray, features_NF: np.ndarray, dt_s_N: np.ndarray, platform_N: np.ndarray) -> Columns:
+        return Columns.of(events, features_NF, dt_s_N, platform_N, self.device)
+
+    def _probabilities(self, logits_N3: np.ndarray, platform_N: np.ndarray, status_N: np.ndarray) -> np.ndarray:
+        """NaN where the platform cannot have the head and for duplicates."""
         calibration_N32 = self.model.calibration_P32[platform_N]
         logits_N3 = logits_N3 * calibration_N32[:, :, 0] + calibration_N32[:, :, 1]
-        return 1.0 / (1.0 + np.exp(-np.clip(logits_N3, -30.0, 30.0)))
+        p_N3 = 1.0 / (1.0 + np.exp(-np.clip(logits_N3, -30.0, 30.0)))
+        p_N3[~(self._can_have_P4[platform_N, :N_LOGITS] & (status_N != DUPLICATE)[:, None])] = np.nan
+        return p_N3

@@ -7,7 +7,8 @@ pom in `deploy/kafka/local_kafka.py` and shares `ChildProcess` and the same inte
 This module knows no topic and no client: topics, connection options and ends of partitions are in `streams/kafka.py`.
 
 Known faults of the embedded broker: ListOffsets(latest) is wrong (`streams.kafka.end_offsets` is right), no compaction,
-no idempotent producer, no transactions, a group join takes half the session timeout, and its records die with it.
+no idempotent producer, no transactions, a group join takes half the session timeout, a fetch may bring 5 MiB of a partition
+of which 1 MiB was asked for, and its records die with it.
 """
 
 from __future__ import annotations
@@ -143,9 +144,13 @@ class EmbeddedBroker:
 
     name = "embedded"
 
-    def __init__(self, port: int | None = None, log_path: str | Path | None = None) -> None:
-        """`port` None: a free one. `log_path` None: a file in the temp folder, removed by `stop`."""
+    def __init__(
+        self, port: int | None = None, log_path: str | Path | None = None, advertised_port: int | None = None
+    ) -> None:
+        """`port` None: a free one. `log_path` None: a file in the temp folder, removed by `stop`. `advertised_port`: where
+        clients are told to find it, for a proxy in front of it; None: its own."""
         self._wanted_port = port
+        self._advertised_port = advertised_port
         self._own_log = log_path is None
         self.log_path = Path(log_path or Path(tempfile.gettempdir()) / f"crosscurrent-broker-{uuid.uuid4().hex[:8]}.log")
         self._child = ChildProcess(self.log_path)
@@ -180,7 +185,7 @@ class EmbeddedBroker:
                     "broker",
                     "--storage-engine=memory://tansu/",
                     f"--listener-url={url}",
-                    f"--advertised-listener-url={url}",
+                    f"--advertised-listener-url=tcp://{_LOOPBACK}:{self._advertised_port or port}",
                 ],
                 env={**os.environ, "RUST_LOG": os.environ.get("RUST_LOG", "warn")},
             )

@@ -2,7 +2,7 @@
 
     fold ─► sends registered ─► processed(tp, next)          (no await in between, per micro-batch)
                                      │
-    every commit interval, and when partitions are revoked, and when the worker drains:
+    each partition in its turn, once a commit interval; all when partitions are revoked, and when the worker drains:
       1. snapshot: source offsets, copies of dirty rows, the set of unacknowledged sends    (no await in between)
       2. every send of the snapshot is acknowledged: `events`, `scores`, `dead_letters`
       3. the dirty rows are sent to the changelog and acknowledged
@@ -12,6 +12,16 @@ Died before 3: the events are folded again from the older rows and scored again.
 of the offsets; each row knows the last offset that it has applied, so a replayed event is not folded twice, only scored
 again. So scores are at least once and state exactly once. Anything that fails in 2 or 3 ends the process: nothing was
 committed, the next start repeats it.
+
+A turn is that of a partition number: of every source partition with that number, and of the rows that lie under it, which
+the `events` partition of that number has written. What a batch sends belongs to the turn of its source partition, so in a
+turn, too, 2 covers all that 4 commits. One interval's work comes in TURNS small pieces and not in one, which every event of
+that moment would wait for.
+
+    partition 0   ├─────────────C────────────────C───     4 partitions: each commits once an interval,
+    partition 1   ├─────────────────C────────────────C    a quarter of it apart
+    partition 2   ├─────────────────────C────────────
+    partition 3   ├─────────────────────────C────────
 
 Knows rows, offsets and futures; not events, models or topics' meaning.
 """
@@ -24,16 +34,19 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
 from typing import Any
 
+import numpy as np
 import structlog
 from faust.types import TP
 
 from models.errors import WorkerFenced
-from models.state import encode_row
-from streams.arena import Arena, ArenaStore
+from streams.arena import ArenaStore, Changes
 from streams.metrics import Metrics
+from streams.wire import Spans, build
 
 log = structlog.get_logger("crosscurrent.commit")
 
@@ -47,6 +60,11 @@ KILL_STEPS = (
     "commit_offsets_sent",
     "commit_done",
 )
+
+
+TURNS = 8
+"""Into which a commit interval is divided. Partitions share a turn where there are more of them: each commit costs round
+trips to the broker."""
 
 
 class KillSwitch:
@@ -117,17 +135,17 @@ class Committer:
         self._changelog_topic = changelog_topic
         self._metrics = metrics
         self._kill = kill
-        self._lock = asyncio.Lock()
+        self._locks: dict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By partition number: the commits of one follow one another."""
         self._positions: dict[TP, int] = {}
         self._committed: dict[TP, int] = {}
-        self._sends: set[asyncio.Future] = set()
+        self._sends: dict[int, set[asyncio.Future]] = {}
+        """By the partition number of the source."""
+        self._unclaimed: set[asyncio.Future] = set()
+        """Of the batch that is being processed."""
         self.consumer: Any = None
         self.sender: Sender
         self.on_failure: Callable[[BaseException], None]
-
-    @property
-    def arena(self) -> Arena | None:
-        return self._store.arena if self._store else None
 
     def position(self, tp: TP) -> int | None:
         """The next offset expected of a source partition; None from its revocation to the seek after the rebalance."""
@@ -135,17 +153,20 @@ class Committer:
 
     def register(self, send: asyncio.Future) -> None:
         """A derived record is on its way. Called with no await after the fold that it speaks of."""
-        self._sends.add(send)
+        self._unclaimed.add(send)
 
     def processed(self, tp: TP, next_offset: int) -> None:
         """Everything before `next_offset` is folded and its sends are registered."""
         self._positions[tp] = max(next_offset, self._positions.get(tp, 0))
+        if self._unclaimed:
+            self._sends.setdefault(tp.partition, set()).update(self._unclaimed)
+            self._unclaimed.clear()
 
     def on_seek(self, committed: dict[TP, int], starts: dict[TP, int]) -> None:
         """The consumer went back to what is committed; `starts`: the next offset of each source partition."""
         self._committed.update(committed)
         for tp, offset in starts.items():
-            self.processed(tp, offset)
+            self._positions[tp] = max(offset, self._positions.get(tp, 0))
 
     def on_revoked(self, revoked: Iterable[TP]) -> None:
         for tp in revoked:
@@ -153,52 +174,96 @@ class Committer:
             self._committed.pop(tp, None)
 
     async def commit(self) -> bool:
-        """Steps 1 to 4. True if offsets were committed. A second caller waits and then runs a commit of its own.
+        """Steps 1 to 4 for all partitions. True if offsets were committed. A second caller waits and then runs a commit of
+        its own.
 
         A failure is handed to `on_failure`, which does not return: after it nothing may be committed any more.
         """
+        return await self._guarded(self._numbers(None))
+
+    async def commit_partition(self, number: int) -> bool:
+        """`commit`, for the partitions of one number."""
+        return await self._guarded([number])
+
+    async def run(self, interval_s: float) -> None:
+        """Commits each partition once in `interval_s`, until cancelled; turns that were begun then end by themselves.
+
+        They do not wait for each other: one that takes longer than its share of the interval delays its own partitions
+        only, and is left out until it has ended.
+        """
+        running: dict[int, asyncio.Task] = {}
+        due_s = time.monotonic()
+        while True:
+            for turn in range(TURNS):
+                due_s = max(due_s + interval_s / TURNS, time.monotonic())
+                await asyncio.sleep(due_s - time.monotonic())
+                if turn not in running or running[turn].done():
+                    running[turn] = asyncio.get_running_loop().create_task(self.commit_turn(turn))
+
+    async def commit_turn(self, turn: int) -> bool:
+        """`commit`, for the partitions of one turn, 0 to TURNS − 1."""
+        return await self._guarded(self._numbers(turn))
+
+    async def _guarded(self, numbers: list[int]) -> bool:
         try:
-            return await self._commit()
+            async with AsyncExitStack() as stack:
+                # Always in the same order, so that two commits cannot wait for each other.
+                for number in numbers:
+                    await stack.enter_async_context(self._locks[number])
+                return await self._commit(numbers)
         except Exception as error:
             self.on_failure(error)
             raise
 
-    async def _commit(self) -> bool:
-        async with self._lock:
-            started_s = time.monotonic()
-            # step 1
-            offsets = {tp: offset for tp, offset in self._positions.items() if offset != self._committed.get(tp, 0)}
-            dirty = self.arena.take_dirty() if self.arena is not None else {}
-            sends, self._sends = self._sends, set()
-            if not (offsets or dirty or sends):
-                return False
-            self._kill("commit_snapshot")
-            # step 2
-            await gather_all(sends)
-            self._kill("commit_sends_acked")
-            # step 3
-            await self._write_changelog(dirty)
-            self._kill("commit_changelog_acked")
-            # step 4
-            committed = await self._commit_offsets(offsets)
-            self._kill("commit_done")
-            self._metrics.commits.inc()
-            self._metrics.commit_seconds.observe(time.monotonic() - started_s)
-            return committed
+    def _numbers(self, turn: int | None) -> list[int]:
+        """The partition numbers whose turn it is; None: all."""
+        numbers = {tp.partition for tp in self._positions} | set(self._sends)
+        if self._store is not None:
+            numbers.update(self._store.arena.partitions())
+        if turn is None:
+            return sorted(numbers)
+        n = 1 + max(numbers, default=0)
+        return sorted(p for p in numbers if (p % TURNS if n >= TURNS else p * TURNS // n) == turn)
 
-    async def _write_changelog(self, dirty: dict[int, tuple[list[bytes], Any]]) -> None:
+    async def _commit(self, numbers: list[int]) -> bool:
+        started_s = time.monotonic()
+        # step 1
+        offsets = {
+            tp: offset
+            for tp, offset in self._positions.items()
+            if tp.partition in numbers and offset != self._committed.get(tp, 0)
+        }
+        dirty = self._store.take_dirty(numbers) if self._store is not None else {}
+        sends = set().union(*(self._sends.pop(number, ()) for number in numbers))
+        if not (offsets or dirty or sends):
+            return False
+        self._kill("commit_snapshot")
+        # step 2
+        await gather_all(sends)
+        self._kill("commit_sends_acked")
+        # step 3
+        await self._write_changelog(dirty)
+        self._kill("commit_changelog_acked")
+        # step 4
+        committed = await self._commit_offsets(offsets)
+        self._kill("commit_done")
+        self._metrics.commits.inc()
+        self._metrics.commit_seconds.observe(time.monotonic() - started_s)
+        return committed
+
+    async def _write_changelog(self, dirty: dict[int, Changes]) -> None:
         acks = []
+        held = {partition: self._store.arena.held(partition) for partition in dirty}
         now_ms = int(time.time() * 1000)
-        for partition, (keys, rows) in dirty.items():
-            itemsize, blob = rows.dtype.itemsize, rows.tobytes()
-            values = [encode_row(blob[i : i + itemsize]) for i in range(0, len(blob), itemsize)]
-            records = [(key, value, now_ms, NO_HEADERS) for key, value in zip(keys, values, strict=True)]
-            acks.append(self.sender.send(self._changelog_topic, partition, records))
-            self._metrics.changelog_rows.inc(len(keys))
-            self._metrics.changelog_bytes.inc(len(keys) * (itemsize + 4))
+        for partition, (keys, values) in dirty.items():
+            acks.append(self.sender.send_columns(self._changelog_topic, partition, keys, values, now_ms))
+            self._metrics.changelog_rows.inc(len(keys.at))
+            self._metrics.changelog_bytes.inc(int(values.length.sum()))
         self._kill("commit_changelog_sent")
         for partition, last_offset in zip(dirty, await gather_all(acks), strict=True):
-            self._store.set_persisted_offset(TP(self._changelog_topic, partition), last_offset)
+            # Where the partition went away meanwhile, and perhaps came back empty, its rows are not here.
+            if self._store.arena.held(partition) is held[partition]:
+                self._store.written(TP(self._changelog_topic, partition), last_offset, now_ms)
 
     async def _commit_offsets(self, offsets: dict[TP, int]) -> bool:
         if not offsets:
@@ -238,16 +303,32 @@ class Sender:
         self._watchdog = watchdog
         self._loop = loop
         self._tails: dict[tuple[str, int], asyncio.Task] = {}
+        """The last handing over of each partition."""
 
     def send(self, topic: str, partition: int, records: Iterable[Outgoing]) -> asyncio.Task[int]:
         """Sends records in order, after what was sent there before.
 
         Returns at once; the task's result is the offset of the last record, once all are acknowledged.
         """
+        return self._after_what_was_sent(topic, partition, self._build(records))
+
+    def send_columns(
+        self, topic: str, partition: int, keys: Spans, values: Spans, timestamps_ms: np.ndarray | int
+    ) -> asyncio.Task[int]:
+        """`send` of records without headers, given as columns: (N,) each, or one time for all. They are copied before it
+        returns, so their buffers may be used again. The task's result is −1 where there are no records.
+
+        Raises ValueError where the columns do not fit together.
+        """
+        accumulator = self._producer()._message_accumulator
+        batches = build(keys, values, timestamps_ms, accumulator._batch_size, accumulator._compression_type)
+        return self._after_what_was_sent(topic, partition, batches)
+
+    def _after_what_was_sent(self, topic: str, partition: int, builders: list[Any]) -> asyncio.Task[int]:
         before = self._tails.get((topic, partition))
-        task = self._loop.create_task(self._send(topic, partition, self._build(records), before))
-        self._tails[topic, partition] = task
-        return task
+        handed_over = self._loop.create_task(self._hand_over(topic, partition, builders, before))
+        self._tails[topic, partition] = handed_over
+        return self._loop.create_task(self._acknowledged(handed_over))
 
     def _build(self, records: Iterable[Outgoing]) -> list[Any]:
         create = self._producer().create_batch
@@ -260,15 +341,22 @@ class Sender:
                 builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers)
         return builders
 
-    async def _send(self, topic: str, partition: int, builders: list[Any], before: asyncio.Task | None) -> int:
+    async def _hand_over(
+        self, topic: str, partition: int, builders: list[Any], before: asyncio.Task | None
+    ) -> list[tuple[asyncio.Future, int]]:
+        """To the producer, which keeps the order of a partition's batches and has one of them on its way at a time; the next
+        is ready when that is acknowledged. → (acknowledgement, records) of each batch"""
         if before is not None:
             # Its failure is its own registrant's to raise; ours is the order alone.
             await asyncio.wait([before])
-        last = -1
+        acks = []
         for builder in builders:
             if self._watchdog is not None:
                 self._watchdog.check()
-            records = builder.record_count()
-            ack = await self._producer().send_batch(builder, topic, partition=partition)
-            last = (await ack).offset + records - 1
-        return last
+            acks.append((await self._producer().send_batch(builder, topic, partition=partition), builder.record_count()))
+        return acks
+
+    async def _acknowledged(self, handed_over: asyncio.Task) -> int:
+        acks = await handed_over
+        metadata = await gather_all([ack for ack, _ in acks])
+        return metadata[-1].offset + acks[-1][1] - 1 if acks else -1

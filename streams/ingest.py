@@ -1,7 +1,9 @@
 """The stage `ingest`: any platform's records → canonical events under pseudonyms, or dead letters with the reason.
 
-    platform topic ─► Platform.canonicalise ─► pseudonym (of the person, where linked) ─► `events`
-                              └─ EventRefused ─► `dead_letters`
+    platform topic ─► Canonicaliser ─► pseudonym (of the person, where linked) ─► partition ─► `events`
+                           │ not sure                   ▲
+                           └──► Platform.canonicalise ──┘
+                                        └─ EventRefused ─► `dead_letters`
 
 Holds no user state. Knows platforms and pseudonyms; not rows, models or what becomes of an event.
 """
@@ -10,21 +12,41 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numba
+import numpy as np
 from faust.types import TP
 
 from models.errors import EventRefused
-from models.events import CanonicalEvent
-from streams.codec import encode_json, partitions_of
-from streams.commit import NO_HEADERS, Committer, Sender
+from models.events import PSEUDONYM_LENGTH
+from streams import canonical
+from streams.canonical import Canonicaliser
+from streams.codec import encode_json, partitions_of_rows
+from streams.commit import Committer, Sender
 from streams.dead_letters import dead_letter
 from streams.identities import Identities
 from streams.metrics import Metrics
 from streams.platforms import Platform
 from streams.pseudonym import Pseudonymiser
+from streams.wire import Spans
 
 _OLDEST_KEPT_MS = 3_600_000
+
+
+class Accepted(NamedTuple):
+    """The canonical events of a batch, n of them, in the order of their records."""
+
+    ts_ms: np.ndarray
+    """int64 (n,): event times."""
+    times_ms: np.ndarray
+    """int64 (n,): Kafka times. An event keeps the time at which it reached Kafka, so that latency is measured from there;
+    a time that retention would act on is not taken over."""
+    users: np.ndarray
+    """uint8 (n, 24): the keys."""
+    values: Spans
 
 
 class IngestStage:
@@ -44,7 +66,8 @@ class IngestStage:
         partitions: int,
         future_tolerance_s: float,
     ) -> None:
-        self._by_topic = {topic: platform for platform in platforms for topic in platform.topics}
+        canonicalisers = [Canonicaliser(platform, pseudonymiser) for platform in platforms]
+        self._by_topic = {topic: one for one in canonicalisers for topic in one.platform.topics}
         self._pseudonymiser = pseudonymiser
         self._identities = identities
         self._sender = sender
@@ -57,57 +80,81 @@ class IngestStage:
         self.latest_ts: dict[TP, int] = {}
         """Greatest event time (ms) accepted from each source partition."""
 
-    def process(self, tp: TP, records: list[Any]) -> list[Any]:
-        """Canonicalises `records` of one source partition. Returns the tasks of its sends; nothing is awaited."""
-        platform = self._by_topic[tp.topic]
+    joins_partitions = False
+    """It would gain nothing: what it costs is by the event."""
+
+    def process(self, parts: Sequence[tuple[TP, Sequence[Any]]]) -> list[Any]:
+        """Canonicalises records of source partitions. Returns the tasks of its sends; nothing is awaited."""
+        return [send for tp, records in parts for send in self._process(tp, records)]
+
+    def _process(self, tp: TP, records: Sequence[Any]) -> list[Any]:
+        canonicaliser = self._by_topic[tp.topic]
         now_ms = int(time.time() * 1000)
         with self._metrics.stage["canonicalise"].time():
-            events, times_ms, refused = self._canonicalise(platform, tp, records, now_ms)
+            events, refused = self._canonicalise(canonicaliser, tp, records, now_ms)
         with self._metrics.stage["send"].time():
-            sends = self._send_events(events, times_ms) + self._send_refused(refused, now_ms)
+            sends = self._send_events(events) + self._send_refused(refused, now_ms)
         for send in sends:
             self._committer.register(send)
         self._committer.processed(tp, records[-1].offset + 1)
-        self._count(platform, events, refused)
-        if events:
-            self.latest_ts[tp] = max(self.latest_ts.get(tp, 0), max(event.ts for event in events))
+        self._count(canonicaliser.platform.name, len(events.ts_ms), refused)
+        if len(events.ts_ms):
+            self.latest_ts[tp] = max(self.latest_ts.get(tp, 0), int(events.ts_ms.max()))
         return sends
 
     def _canonicalise(
-        self, platform: Platform, tp: TP, records: list[Any], now_ms: int
-    ) -> tuple[list[CanonicalEvent], list[int], list[tuple[Any, EventRefused]]]:
-        """→ (events, their Kafka times in ms, the refused). An event keeps the time at which it reached Kafka, so that
-        latency is measured from there; a time that retention would act on is not taken over."""
-        events, times_ms, refused = [], [], []
-        oldest_ms = now_ms - _OLDEST_KEPT_MS
-        pseudonym, resolve = self._pseudonymiser.of, self._identities.resolve
-        for record in records:
+        self, canonicaliser: Canonicaliser, tp: TP, records: Sequence[Any], now_ms: int
+    ) -> tuple[Accepted, list[tuple[Any, EventRefused]]]:
+        """→ (events, the refused)."""
+        values, offsets, arrived_ms = columns(records)
+        clock = {"now_ms": now_ms, "future_tolerance_ms": self._future_tolerance_ms}
+        found = canonicaliser(values, offsets, topic=tp.topic, partition=tp.partition, **clock)
+        sure, ts_ms, users, out, user_at = found
+        for row in self._identities.resolve_many(users).tolist():
+            if sure[row]:
+                out.buffer[user_at[row] : user_at[row] + PSEUDONYM_LENGTH] = users[row]
+        refused, apart, end = [], [], len(out.buffer)
+        for row in np.flatnonzero(~sure).tolist():
+            offset, at, length = int(offsets[row]), int(values.at[row]), int(values.length[row])
+            value = None if length < 0 else values.buffer[at : at + length].tobytes()
             try:
-                event = platform.canonicalise(
-                    record.value,
-                    topic=tp.topic,
-                    partition=tp.partition,
-                    offset=record.offset,
-                    now_ms=now_ms,
-                    future_tolerance_ms=self._future_tolerance_ms,
+                event = canonicaliser.platform.canonicalise(
+                    value, topic=tp.topic, partition=tp.partition, offset=offset, **clock
                 )
             except EventRefused as error:
-                refused.append((record, error))
-            else:
-                event.user = resolve(pseudonym(platform.name, event.user))
-                events.append(event)
-                times_ms.append(record.timestamp if oldest_ms <= record.timestamp <= now_ms else now_ms)
-        return events, times_ms, refused
+                refused.append((records[row], error))
+                continue
+            event.user = self._identities.resolve(self._pseudonymiser.of(canonicaliser.platform.name, event.user))
+            json = encode_json(event)
+            sure[row], ts_ms[row] = True, event.ts
+            users[row] = np.frombuffer(event.user.encode(), np.uint8)
+            out.at[row], out.length[row] = end, len(json)
+            apart.append(json)
+            end += len(json)
+        if apart:
+            out = out._replace(buffer=np.concatenate([out.buffer, np.frombuffer(b"".join(apart), np.uint8)]))
+        fits = (now_ms - _OLDEST_KEPT_MS <= arrived_ms) & (arrived_ms <= now_ms)
+        times_ms = np.where(fits, arrived_ms, now_ms)
+        if refused:
+            ts_ms, times_ms, users = ts_ms[sure], times_ms[sure], users[sure]
+            out = Spans(out.buffer, out.at[sure], out.length[sure])
+        return Accepted(ts_ms, times_ms, users, out), refused
 
-    def _send_events(self, events: list[CanonicalEvent], times_ms: list[int]) -> list[Any]:
-        if not events:
-            return []
-        users = [event.user.encode() for event in events]
-        by_partition = defaultdict(list)
-        partitions = partitions_of(users, self._partitions).tolist()
-        for user, event, time_ms, partition in zip(users, events, times_ms, partitions, strict=True):
-            by_partition[partition].append((user, encode_json(event), time_ms, NO_HEADERS))
-        return [self._sender.send(self._events_topic, p, out) for p, out in by_partition.items()]
+    def _send_events(self, events: Accepted) -> list[Any]:
+        n, values, topic = len(events.users), events.values, self._events_topic
+        partitions = partitions_of_rows(events.users, self._partitions)
+        ends = np.zeros(self._partitions + 2, np.int64)
+        key_at, value_at, times_ms = np.empty((3, n), np.int64)
+        key_length, value_length = np.full(n, PSEUDONYM_LENGTH, np.int32), np.empty(n, np.int32)
+        _group(partitions, values.at, values.length, events.times_ms, ends, key_at, value_at, value_length, times_ms)
+        keys, sends = Spans(events.users.reshape(-1), key_at, key_length), []
+        values = Spans(values.buffer, value_at, value_length)
+        for partition, (begin, end) in enumerate(pairwise(ends[:-1].tolist())):
+            if begin < end:
+                rows = slice(begin, end)
+                sent = self._sender.send_columns(topic, partition, keys.take(rows), values.take(rows), times_ms[rows])
+                sends.append(sent)
+        return sends
 
     def _send_refused(self, refused: list[tuple[Any, EventRefused]], now_ms: int) -> list[Any]:
         by_partition = defaultdict(list)
@@ -115,12 +162,42 @@ class IngestStage:
             by_partition[record.partition % self._partitions].append(dead_letter(record, "ingest", error, now_ms))
         return [self._sender.send(self._dead_letters_topic, p, out) for p, out in by_partition.items()]
 
-    def _count(self, platform: Platform, events: list[Any], refused: list[tuple[Any, EventRefused]]) -> None:
+    def _count(self, platform: str, events: int, refused: list[tuple[Any, EventRefused]]) -> None:
         metrics = self._metrics
-        metrics.batch_events.labels("ingest").observe(len(events) + len(refused))
-        metrics.events.labels(platform.name, "ingest").inc(len(events))
+        metrics.batch_events.labels("ingest").observe(events + len(refused))
+        metrics.events.labels(platform, "ingest").inc(events)
         for reason, n in Counter(error.reason for _, error in refused).items():
-            metrics.refused.labels(platform.name, reason, "ingest").inc(n)
+            metrics.refused.labels(platform, reason, "ingest").inc(n)
+
+
+@numba.njit(cache=True, nogil=True, _nrt=False)
+def _group(partition_N, at_N, length_N, times_N, ends, key_at_N, value_at_N, value_length_N, times_out_N):
+    """Events by partition, in their order within one. `ends`: zeros (partitions + 2,); its p becomes where p begins."""
+    for i in range(partition_N.size):
+        ends[partition_N[i] + 2] += 1
+    for p in range(2, ends.size):
+        ends[p] += ends[p - 1]
+    for i in range(partition_N.size):
+        to = ends[partition_N[i] + 1]
+        ends[partition_N[i] + 1] = to + 1
+        key_at_N[to], times_out_N[to] = i * PSEUDONYM_LENGTH, times_N[i]
+        value_at_N[to], value_length_N[to] = at_N[i], length_N[i]
+
+
+def warm() -> None:
+    """Compiles every kernel of the stage into Numba's cache, or loads it from there."""
+    canonical.warm()
+    none, none32 = np.zeros(0, np.int64), np.zeros(0, np.int32)
+    _group(none, none, none32, none, np.zeros(3, np.int64), none, none, none32, none)
+
+
+def columns(records: Sequence[Any]) -> tuple[Spans, np.ndarray, np.ndarray]:
+    """Fetched records (n) → (their values, offsets int64 (n,), Kafka times in ms int64 (n,)). Of records that are columns
+    already, their own."""
+    if not isinstance(records, list):
+        return records.values, records.offset, records.timestamp
+    offsets, times_ms = (np.array([getattr(r, name) for r in records], np.int64) for name in ("offset", "timestamp"))
+    return Spans.of([record.value for record in records]), offsets, times_ms
 
 
 class HoldBack:

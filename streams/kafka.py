@@ -28,8 +28,13 @@ _RETRY_S = 0.1
 _PROBE_WAIT_MS = 1
 """Not 0: the embedded broker answers a fetch that may not wait at all with no partition."""
 
-CHANGELOG_CONFIG: dict[str, str] = {"cleanup.policy": "compact", "min.compaction.lag.ms": str(2 * 3600 * 1000)}
-"""Of the state's changelog. The lag keeps, for two hours, the fresh row that a zombie's stale one may follow."""
+CHANGELOG_CONFIG: dict[str, str] = {
+    "cleanup.policy": "compact",
+    "min.compaction.lag.ms": str(2 * 3600 * 1000),
+    "delete.retention.ms": str(24 * 3600 * 1000),
+}
+"""Of the state's changelog. The lag keeps, for two hours, the fresh row that a zombie's stale one may follow; tombstones
+stay for a day, twice as long as a local snapshot may be old."""
 
 
 def client_options(kafka: KafkaConfig) -> dict[str, Any]:
@@ -130,6 +135,21 @@ async def create_topics(
                 "to what exists, or use new topic names (and a new worker.app_id)"
             )
     return created
+
+
+async def has_members(kafka: KafkaConfig, group: str) -> bool:
+    """Whether anybody is in a consumer group. True where the broker does not say: it refuses, or has no coordinator
+    for it just now."""
+    admin = AIOKafkaAdminClient(**client_options(kafka))
+    try:
+        await admin.start()
+        (answer,) = await admin.describe_consumer_groups([group])
+    except KafkaError:
+        return True
+    finally:
+        await admin.close()
+    (error_code, _, state, *_), *_ = answer.groups
+    return error_code != 0 or state not in ("Empty", "Dead")
 
 
 def _created(response: Any) -> list[str]:

@@ -107,8 +107,14 @@ class Metrics:
         self.recovery_rows = counter("recovery_rows", "Rows read back from the changelog.")
         self.recovery_seconds = gauge("recovery_seconds", "How long the last recovery took.")
         self.recovery_in_progress = gauge("recovery_in_progress", "1 while state is read back from the changelog.")
+        self.snapshot_rows = counter("snapshot_rows", "Rows restored from snapshots on this machine.")
+        self.snapshot_load_seconds = counter("snapshot_load_seconds", "Time that took.")
         self.state_rows = gauge("state_rows", "Users with a row on this worker.")
         self.state_bytes = gauge("state_bytes", "Memory of the rows.")
+        self.cold_rows = gauge("cold_rows", "Users whose rows are on disk, as they were idle (worker.hot_users).")
+        self.cold_bytes = gauge("cold_bytes", "Files of the rows on disk.")
+        self.cold_rows_moved_out = counter("cold_rows_moved_out", "Idle rows moved to disk.")
+        self.cold_rows_brought_back = counter("cold_rows_brought_back", "Rows that came back from disk with an event.")
 
         self.model_info = gauge("model_info", "1 for the model that scores now.", "model")
         self.model_published_timestamp_seconds = gauge(
@@ -121,6 +127,9 @@ class Metrics:
         for reason in MODEL_REFUSAL_REASONS:
             self.model_refusals.labels(reason)  # a counter that starts at 0 has a rate from its first refusal on
         self.swap_pause_seconds = histogram("swap_pause_seconds", "Pause of scoring for a new model.", _PAUSE_S)
+        self.device_out_of_memory = counter(
+            "device_out_of_memory", "Times the card's memory did not do: half the batch, at last the CPU."
+        )
         self.degraded = gauge("degraded", "1 while something less than a published model scores (the prior).")
 
     def set_model(self, model: str, published_at_ms: int, degraded: bool) -> None:

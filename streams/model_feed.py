@@ -95,7 +95,8 @@ class ModelFeed:
 
     def _scorer(self, model: Model) -> Scorer:
         """On its device and warm: every kernel compiled and every first allocation made."""
-        scorer = Scorer(model, self._settings.worker.device)
+        worker = self._settings.worker
+        scorer = Scorer(model, worker.device, memory_fraction=worker.device_memory)
         rows = empty_rows(_WARM_EVENTS, self._settings.worker.size)
         events = np.zeros(_WARM_EVENTS, EVENT)
         events["id"], events["category"] = np.arange(_WARM_EVENTS), 1

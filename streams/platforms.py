@@ -79,8 +79,8 @@ MAX_QUANTITY = 1e9
 """A greater quantity would not be exact in the float32 of a row, and is no purchase."""
 
 FIELDS = ("event_id", "user", "item", "category", "brand", "price", "currency", "quantity", "session", "text")
+MAX_CURRENCY = 8
 _NUMBERS = ("price", "quantity")
-_MAX_CURRENCY = 8
 _MAX_EXACT_INT = 1 << 53
 _NUMBER = re.compile(r"[+-]?[0-9]{1,40}(?:\.[0-9]{0,40})?(?:[eE][+-]?[0-9]{1,3})?")
 _WORD = re.compile(r"[^\W\d_]+")
@@ -132,16 +132,35 @@ class Platform:
         """The raw id of an event's user, None where absent. Raises `EventRefused`."""
         self.user_columns = frozenset(file.roots["user"])
         """The top-level keys that `user_of` looks at."""
-        self._content_hash, self._from_source = file.event_id_rule()
-        self._kind = file.kind()
+        self.content_prefix, self._from_source = file.event_id_rule()
+        """What the sha256 of an event's content begins with, where that is the event's id."""
+        self.content_hash = None if self.content_prefix is None else hashlib.sha256(self.content_prefix)
+        """That sha256, begun."""
+        self.kind_of: Callable[[dict], str] = file.kind()
+        """One of KINDS. Raises `EventRefused`."""
         self._read_time = self.time.format.read
         self._event_id, self._item, self._category, self._brand, self._session = (
             _text_reader(file.source(name), name, MAX_ID) for name in ("event_id", "item", "category", "brand", "session")
         )
-        self._currency = _text_reader(file.source("currency"), "currency", _MAX_CURRENCY)
+        self._currency = _text_reader(file.source("currency"), "currency", MAX_CURRENCY)
         self._text = _text_reader(file.source("text"), "text", MAX_TEXT, cut=True)
         self._price = _number_reader(file.source("price"), "price", MAX_PRICE)
         self._quantity = _number_reader(file.source("quantity"), "quantity", MAX_QUANTITY)
+        self.readers: dict[str, Callable] = {
+            "event_id": self._event_id,
+            "item": self._item,
+            "category": self._category,
+            "brand": self._brand,
+            "session": self._session,
+            "currency": self._currency,
+            "text": self._text,
+            "price": self._price,
+            "quantity": self._quantity,
+        }
+        """Field → what reads it from an event: text or None; of price and quantity (event, is it a cancel) → a number or
+        None. Pure functions of the values at their paths. Raise `EventRefused`."""
+        self.tables: dict[str, Any] = file.root
+        """The file itself, checked."""
         file.check_heads(self.heads)
 
     def __repr__(self) -> str:
@@ -162,7 +181,7 @@ class Platform:
         Raises `EventRefused` with a reason of `REFUSAL_REASONS`; its detail never holds the user's id.
         """
         event = decode_object(value)
-        kind = self._kind(event)
+        kind = self.kind_of(event)
         user = self.user_of(event)
         if user is None:
             raise EventRefused("missing", "user: absent or null")
@@ -174,8 +193,8 @@ class Platform:
             raise EventRefused("future", f"time: {ts - now_ms} ms ahead of the clock")
         if self._from_source:
             event_id = f"{topic}/{partition}/{offset}"
-        elif self._content_hash is not None:
-            content = self._content_hash.copy()
+        elif self.content_hash is not None:
+            content = self.content_hash.copy()
             content.update(value)
             event_id = content.hexdigest()[:40]
         else:
@@ -617,8 +636,8 @@ class _File:
         if "purchase" in heads and "purchase" not in self.kinds:
             self.fail(("heads",), "has purchase, but no kind is a purchase")
 
-    def event_id_rule(self) -> tuple[Any, bool]:
-        """→ (sha256 begun with the name, or None; whether the id is the place in the source topic)."""
+    def event_id_rule(self) -> tuple[bytes | None, bool]:
+        """→ (what a hash of the content begins with, or None; whether the id is the place in the source topic)."""
         rule = self.root.get("event_id")
         if rule is None:
             return None, "event_id" not in self.fields
@@ -627,7 +646,7 @@ class _File:
         if "event_id" in self.fields:
             self.fail(("event_id",), "stands beside fields.event_id: keep one of them")
         # The platform's name goes in, so that equal bytes on two platforms are two events.
-        return (hashlib.sha256(self.name().encode() + b"\0"), False) if rule == "content_hash" else (None, True)
+        return (self.name().encode() + b"\0", False) if rule == "content_hash" else (None, True)
 
     def kind(self) -> Callable[[dict], str]:
         table = self.table((), "kind")

@@ -1,40 +1,44 @@
 """The stage `score`: `events` → rows of user state → student → `scores`.
 
-    records ─► decode ─► slots ─► Scorer.run: stale h rebuilt, fold, student ─► encode ─► send
+    records ─► decode ─► slots ─► Scorer.run: stale h rebuilt, fold, student ─► encode ─► send      columns throughout
                  └─ not canonical ─► `dead_letters`        └─ duplicate: no score
 
-One thread, one micro-batch at a time, and no await between the fold and the registration of its sends: whatever the
-commit protocol snapshots is consistent. Knows rows, models and records; not Faust and not how offsets are committed.
+One thread, one micro-batch at a time, of one partition or of several, and no await between the fold and the registration
+of its sends: whatever the commit protocol snapshots is consistent. Knows rows, models and records; not Faust and not how
+offsets are committed.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import structlog
 from faust.types import TP
-from msgspec import UNSET
 
 from models.errors import CrosscurrentError, EventRefused
-from models.events import HEADS, SCORE_SCHEMA, CanonicalEvent, Explanation, Probabilities, ScoreRecord, platform_code
+from models.events import HEADS, Explanation, platform_code
 from models.explain import Explainer
 from models.fold import DUPLICATE, FEATURE_NAMES, TOO_LATE
-from models.scorer import Scorer, Scores
+from models.scorer import Model, Scorer, Scores
 from streams.arena import Arena
-from streams.codec import columns, decode_events, encode_json
-from streams.commit import NO_HEADERS, Committer, KillSwitch, Outgoing, Sender
+from streams.codec import Decoded, Fetched, ScoreTexts, decode_columns, encode_scores, score_texts
+from streams.commit import Committer, KillSwitch, Sender
 from streams.dead_letters import dead_letter
 from streams.metrics import Metrics
 from streams.model_feed import ModelFeed
+from streams.wire import Spans
+
+log = structlog.get_logger("crosscurrent.score")
 
 COLD_EVENTS = 3
 """A user with at most so many folded events is cold."""
 
 _LOG_EVENTS = FEATURE_NAMES.index("log_events")
-_DIGITS = 6
 
 
 def is_cold(features_NF: np.ndarray) -> np.ndarray:
@@ -83,55 +87,84 @@ class ScoreStage:
         self._partitions = partitions
         self._explain = explain
         self._explainer: Explainer | None = None
+        self._texts: tuple[Model, ScoreTexts] | None = None
         self._can_have = np.ones((1 << 16, len(HEADS)), np.bool_)
         for platform, those in heads.items():
             self._can_have[platform_code(platform)] = [head in those for head in HEADS]
 
-    def process(self, tp: TP, records: list[Any]) -> list[Any]:
-        """Folds and scores `records` of one partition of `events`.
+    @property
+    def joins_partitions(self) -> bool:
+        """Whether `process` takes several partitions at once: not where users' slots are good for one call only."""
+        return self._arena.cold is None
+
+    def process(self, parts: Sequence[tuple[TP, Sequence[Any]]]) -> list[Any]:
+        """Folds and scores a micro-batch: records of partitions of `events`, each a list of them or what `Fetched.of` takes.
 
         Returns the tasks of its sends, registered with the committer; nothing is awaited. Raises where offsets are
         missing: going on would lose the events between.
         """
-        self._check_contiguous(tp, records)
+        fetched = [Fetched.of(records) for _, records in parts]
+        self._check_contiguous([tp for tp, _ in parts], fetched)
         self._feed.swap()
         stage = self._metrics.stage
         with stage["decode"].time():
-            events, good, refused = decode_events(records)
-            batch = columns(events, [record.offset for record in good])
-        sends = self._send_refused(refused)
-        if events:
-            scores, cold, status, reasons = self._fold_and_score(tp.partition, batch, [record.key for record in good])
+            joined = Fetched.joined(fetched)
+            decoded = decode_columns(joined.keys, joined.values, joined.offset)
+        record_ends = np.cumsum([len(one.offset) for one in fetched])
+        sends = self._send_refused(parts, record_ends, decoded.refused)
+        if len(decoded.index):
+            ends = np.searchsorted(decoded.index, record_ends)
+            keys = joined.keys.take(decoded.index)
+            slots = self._slots([tp.partition for tp, _ in parts], keys, ends)
+            scores, cold, status, reasons = self._fold_and_score(slots, decoded.columns)
             with stage["encode"].time():
                 now_ms = int(time.time() * 1000)
-                out, received_ms = self._encode(events, good, scores, cold, status, reasons, now_ms)
+                out, values = self._encode(decoded, scores, cold, status, reasons, now_ms)
             self._kill("after_fold")
-            if out:
-                with stage["send"].time():
-                    sends.append(self._sender.send(self._scores_topic, tp.partition, out))
+            with stage["send"].time():
+                first = 0
+                for (tp, _), last, mine in zip(parts, np.searchsorted(out, ends).tolist(), sends, strict=True):
+                    if first < last:
+                        some = slice(first, last)
+                        columns = keys.take(out[some]), values.take(some)
+                        mine.append(self._sender.send_columns(self._scores_topic, tp.partition, *columns, now_ms))
+                    first = last
+            if len(out):
+                received_ms = joined.timestamp[decoded.index[out]]
                 self._metrics.event_to_score_seconds.observe_many(np.maximum(0, now_ms - received_ms) / 1000.0)
-            self._count(events, status)
-        for send in sends:
-            self._committer.register(send)
-        self._committer.processed(tp, records[-1].offset + 1)
+            self._count(decoded, status)
+        for (tp, _), one, mine in zip(parts, fetched, sends, strict=True):
+            for send in mine:
+                self._committer.register(send)
+            self._committer.processed(tp, int(one.offset[-1]) + 1)
         self._kill("after_send")
-        return sends
+        return [send for mine in sends for send in mine]
 
-    def _check_contiguous(self, tp: TP, records: list[Any]) -> None:
-        expected = self._committer.position(tp)
-        if expected is not None and records[0].offset > expected:
-            raise CrosscurrentError(
-                f"{tp.topic}[{tp.partition}]: offset {records[0].offset} came where {expected} was due. The worker stops "
-                "so that nothing is skipped; start it again to read from the last commit. If retention removed the "
-                "events between, lengthen topics.events_retention_h"
+    def _check_contiguous(self, tps: list[TP], fetched: list[Fetched]) -> None:
+        due: dict[TP, int | None] = {}
+        for tp, one in zip(tps, fetched, strict=True):
+            expected, first = due.get(tp, self._committer.position(tp)), int(one.offset[0])
+            if expected is not None and first > expected:
+                raise CrosscurrentError(
+                    f"{tp.topic}[{tp.partition}]: offset {first} came where {expected} was due. The worker stops "
+                    "so that nothing is skipped; start it again to read from the last commit. If retention removed the "
+                    "events between, lengthen topics.events_retention_h"
+                )
+            due[tp] = int(one.offset[-1]) + 1
+
+    def _slots(self, partitions: list[int], keys: Spans, ends: np.ndarray) -> np.ndarray:
+        """`keys` of each partition begin where those of the one before end."""
+        with self._metrics.stage["slots"].time():
+            begins = [0, *ends.tolist()]
+            return np.concatenate(
+                [self._arena.slots(p, keys.take(slice(*of))) for p, of in zip(partitions, pairwise(begins), strict=True)]
             )
 
-    def _fold_and_score(self, partition: int, batch: np.ndarray, keys: list[bytes]) -> tuple[Scores, Any, np.ndarray, list]:
-        """→ scores, cold, status, reasons (UNSET, or a list, for each event)."""
-        arena = self._arena
-        with self._metrics.stage["slots"].time():
-            slots = arena.slots(partition, keys)
-        scorer = self._feed.current
+    def _fold_and_score(
+        self, slots: np.ndarray, batch: np.ndarray
+    ) -> tuple[Scores, np.ndarray, np.ndarray, list[Any] | None]:
+        """→ scores, cold, status, reasons (a list for each event; None: nobody asked)."""
+        arena, scorer = self._arena, self._feed.current
         if self._explain and scorer.model.student is not None:
             with self._metrics.stage["score"].time():
                 arena.mark_dirty(slots)
@@ -140,9 +173,13 @@ class ScoreStage:
             folded = scorer.fold(arena.rows, slots, batch)
             arena.mark_dirty(slots)
         with self._metrics.stage["score"].time():
+            before = scorer.out_of_memory
             scores = scorer.score(arena.rows, slots, batch, *folded)
+        if scorer.out_of_memory != before:
+            self._metrics.device_out_of_memory.inc(scorer.out_of_memory - before)
+            log.warning("score.out_of_memory", device=str(scorer.device), events_at_once=scorer.at_once)
         self._mask(scores, self._can_have[batch["platform"]])
-        return scores, is_cold(folded.features), folded.status, [UNSET] * len(batch)
+        return scores, is_cold(folded.features), folded.status, None
 
     def _score_and_explain(
         self, scorer: Scorer, slots: np.ndarray, batch: np.ndarray
@@ -174,68 +211,47 @@ class ScoreStage:
 
     def _encode(
         self,
-        events: list[CanonicalEvent],
-        records: list[Any],
+        decoded: Decoded,
         scores: Scores,
-        cold: Any,
+        cold: np.ndarray,
         status: np.ndarray,
-        reasons: list[Any],
+        reasons: list[Any] | None,
         now_ms: int,
-    ) -> tuple[list[Outgoing], np.ndarray]:
-        """→ (score record of every event that is no duplicate, the Kafka times (ms) of those events)."""
+    ) -> tuple[np.ndarray, Spans]:
+        """→ (positions of the events that are no duplicates, the score record of each)."""
         model = self._feed.current.model
-        name, degraded = model.version, model.degraded
-        # −1, none, is the last of the names; what is none comes after what is some.
-        names = np.array([*(model.categories.names if model.categories is not None else []), None], object)
-        p = np.round(scores.p_N3.astype(np.float64), _DIGITS).tolist()
-        shift = np.round(scores.shift_N.astype(np.float64), _DIGITS).tolist()
-        top_names = names[scores.category_N5].tolist()
-        top_n = (scores.category_N5 >= 0).sum(axis=1).tolist()
-        category_p = np.round(scores.category_p_N5.astype(np.float64), _DIGITS).tolist()
-        out, received_ms = [], []
-        top = zip(top_names, category_p, top_n, strict=True)
-        rows = zip(events, records, p, shift, top, cold.tolist(), status.tolist(), reasons, strict=True)
-        for event, record, (click, purchase, return_), drift, (top_name, top_p, n), is_cold, how, why in rows:
-            if how == DUPLICATE:
-                continue
-            score = ScoreRecord(
-                schema=SCORE_SCHEMA,
-                event_id=event.event_id,
-                user=event.user,
-                platform=event.platform,
-                ts=event.ts,
-                scored_at=now_ms,
-                model=name,
-                p=Probabilities(click=click, purchase=purchase, return_=return_),
-                churn=round(1.0 - return_, _DIGITS),
-                categories=list(zip(top_name[:n], top_p, strict=False)),
-                interest_shift=drift,
-                cold=is_cold,
-                degraded=degraded,
-                explain=why,
-            )
-            out.append((record.key, encode_json(score), now_ms, NO_HEADERS))  # NaN becomes null
-            received_ms.append(record.timestamp)
-        return out, np.array(received_ms, np.int64)
+        if self._texts is None or self._texts[0] is not model:
+            names = model.categories.names if model.categories is not None else []
+            self._texts = model, score_texts(model.version, model.degraded, names)
+        out = np.flatnonzero(status != DUPLICATE)
+        return out, encode_scores(decoded, out, scores, cold, self._texts[1], now_ms, reasons)
 
-    def _send_refused(self, refused: list[tuple[Any, EventRefused]]) -> list[Any]:
-        by_partition = defaultdict(list)
+    def _send_refused(
+        self, parts: Sequence[tuple[TP, Sequence[Any]]], record_ends: np.ndarray, refused: list[tuple[int, EventRefused]]
+    ) -> list[list[Any]]:
+        """→ the sends of each part. `refused`: positions in the micro-batch."""
+        letters: list[dict[int, list]] = [defaultdict(list) for _ in parts]
         now_ms = int(time.time() * 1000)
-        for record, error in refused:
-            by_partition[record.partition % self._partitions].append(dead_letter(record, "score", error, now_ms))
+        for i, error in refused:
+            part = int(np.searchsorted(record_ends, i, side="right"))
+            records = parts[part][1]
+            record = records[i - int(record_ends[part])]  # counted from its end
+            letters[part][record.partition % self._partitions].append(dead_letter(record, "score", error, now_ms))
             self._metrics.refused.labels("unknown", error.reason, "score").inc()
-        return [self._sender.send(self._dead_letters_topic, p, out) for p, out in by_partition.items()]
+        return [[self._sender.send(self._dead_letters_topic, p, out) for p, out in each.items()] for each in letters]
 
-    def _count(self, events: list[CanonicalEvent], status: np.ndarray) -> None:
-        metrics = self._metrics
-        metrics.batch_events.labels("score").observe(len(events))
-        platforms = [event.platform for event in events]
-        for platform, n in Counter(platforms).items():
+    def _count(self, decoded: Decoded, status: np.ndarray) -> None:
+        metrics, platforms, of = self._metrics, decoded.platforms, decoded.platform_M
+        metrics.batch_events.labels("score").observe(len(of))
+
+        def counts(which: np.ndarray) -> list[int]:
+            return np.bincount(which, minlength=len(platforms)).tolist()
+
+        duplicates, late = counts(of[status == DUPLICATE]), counts(of[status == TOO_LATE])
+        for platform, n, n_duplicates, n_late in zip(platforms, counts(of), duplicates, late, strict=True):
             metrics.events.labels(platform, "score").inc(n)
-        duplicates = Counter(platforms[i] for i in np.flatnonzero(status == DUPLICATE).tolist())
-        for platform, n in Counter(platforms).items():
-            metrics.scores.labels(platform).inc(n - duplicates.get(platform, 0))
-        for platform, n in duplicates.items():
-            metrics.duplicates.labels(platform).inc(n)
-        for i in np.flatnonzero(status == TOO_LATE).tolist():
-            metrics.late.labels(platforms[i]).inc()
+            metrics.scores.labels(platform).inc(n - n_duplicates)
+            if n_duplicates:
+                metrics.duplicates.labels(platform).inc(n_duplicates)
+            if n_late:
+                metrics.late.labels(platform).inc(n_late)

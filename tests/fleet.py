@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -126,6 +127,12 @@ class WorkerProcess:
 
     def log(self, n_chars: int = 6000) -> str:
         return self.log_path.read_text(errors="replace")[-n_chars:]
+
+
+def said(worker: WorkerProcess, event: str) -> list[dict]:
+    """What the worker has logged under this name."""
+    lines = [json.loads(line) for line in worker.log_path.read_text(errors="replace").splitlines() if line.startswith("{")]
+    return [line for line in lines if line.get("event") == event]
 
 
 class Fleet:

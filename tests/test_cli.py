@@ -72,6 +72,24 @@ def test_help_loads_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]", done.stdout
 
 
+def test_a_refused_worker_loads_neither_torch_nor_faust_and_leaves_the_collector_on():
+    code = (
+        "import gc, sys, crosscurrent\n"
+        "code = crosscurrent.main(['worker', '--set', 'worker.max_batch=0'])\n"
+        "print([code, gc.isenabled(), sorted({'torch', 'numba', 'faust'} & set(sys.modules))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[2, True, []]", done.stdout
+    assert "worker.max_batch" in done.stderr
+
+
+def test_a_worker_comes_to_its_group_without_torch():
+    """It takes longer than all else that a worker imports: `streams.app` loads it while the group answers."""
+    code = "import sys, streams.app; print(sorted({'torch', 'models.scorer', 'pyarrow', 'fsspec'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout
+
+
 def test_usage_errors_are_one_line():
     assert_refused(run("wroker"), "wroker", "worker")
     assert_refused(run("worker", "--bootstrp", "x"), "--bootstrp")

@@ -1,13 +1,20 @@
 """The pieces of the commit protocol that need no broker; the protocol itself is under the oracle in test_crash.py."""
 
+import asyncio
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from faust.types import TP
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from streams.commit import KILL_STEPS, KillSwitch, Watchdog
+from models.state import decode_row
+from streams.arena import ArenaStore
+from streams.commit import KILL_STEPS, TURNS, Committer, KillSwitch, Watchdog
 from streams.ingest import HoldBack
+from streams.metrics import Metrics
 
 
 def test_the_kill_switch_kills_at_the_nth_time_of_its_step_only():
@@ -68,3 +75,126 @@ def test_a_partition_ahead_of_its_platforms_slowest_is_held_until_that_has_caugh
     assert hold.held({**latest, views: 10_000}, {views, buys, other}) == set()
     assert hold.held(latest, {buys, other}) == set()
     assert hold.held({buys: 20_000}, {views, buys}) == {buys}
+
+
+class _Broker:
+    """Takes what a committer sends and commits, acknowledges late, and checks the protocol at each commit of offsets."""
+
+    def __init__(self) -> None:
+        self.store = ArenaStore("arena://cpu", SimpleNamespace(), SimpleNamespace(name="user_state"))
+        self.committer = Committer(self.store, "changelog", Metrics(), KillSwitch(None))
+        self.committer.consumer = self.committer.sender = self
+        self.committer.on_failure = lambda error: None
+        self.sends: dict[TP, list[tuple[int, asyncio.Future]]] = {}
+        self.folded: dict[int, int] = {}
+        self.durable: dict[int, int] = {}
+        self.offsets: dict[TP, int] = {}
+        self.commits: list[set[int]] = []
+
+    def process(self, tp: TP, offset: int) -> None:
+        """A batch of one event: the row of the one user of the partition, where it has one, and a send."""
+        if tp.topic == "events":
+            slots = self.store.arena.slots(tp.partition, [b"user"])
+            self.store.arena.rows["applied_offset"][slots] = self.folded[tp.partition] = offset
+            self.store.arena.mark_dirty(slots)
+        send = asyncio.get_running_loop().create_task(asyncio.sleep(offset % 3 * 1e-4))
+        self.sends.setdefault(tp, []).append((offset, send))
+        self.committer.register(send)
+        self.committer.processed(tp, offset + 1)
+
+    async def _ack(self, partition: int, offset: int) -> int:
+        await asyncio.sleep(1e-4)
+        self.durable[partition] = offset
+        return 0
+
+    def send_columns(self, topic, partition, keys, values, timestamps_ms):
+        (value,) = values.tolist()
+        offset = int.from_bytes(decode_row(value)[8:16], "little", signed=True)
+        assert keys.tolist() == [b"user"]
+        before = [send for at, send in self.sends.get(TP("events", partition), []) if at <= offset]
+        assert all(send.done() for send in before), "a row goes out before what its events gave"
+        return asyncio.ensure_future(self._ack(partition, offset))
+
+    async def commit_offsets(self, offsets: dict[TP, int]) -> bool:
+        for tp, offset in offsets.items():
+            assert offset > self.offsets.get(tp, -1), f"{tp}: committed backwards"
+            assert all(send.done() for at, send in self.sends[tp] if at < offset), f"{tp}: a send is not acknowledged"
+            if tp.topic == "events":
+                assert self.durable[tp.partition] >= offset - 1, f"{tp}: a row is not acknowledged"
+        self.offsets |= offsets
+        self.commits.append({tp.partition for tp in offsets})
+        return True
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.just("turn"),
+            st.sampled_from(["turn", "turn", "all", "wait"]),
+            st.tuples(st.sampled_from(["events", "raw"]), st.integers(0, 9)),
+        ),
+        max_size=60,
+    )
+)
+def test_each_turn_commits_only_what_is_acknowledged_and_all_of_it_in_the_end(steps):
+    async def run() -> None:
+        broker, next_offset, commits = _Broker(), {}, []
+        for step in steps:
+            if step == "turn":
+                commits.append(asyncio.ensure_future(broker.committer.commit_turn(len(commits) % TURNS)))
+            elif step == "all":
+                commits.append(asyncio.ensure_future(broker.committer.commit()))
+            elif step == "wait":
+                await asyncio.sleep(1e-4)
+            else:
+                tp = TP(*step)
+                next_offset[tp] = next_offset.get(tp, -1) + 1
+                broker.process(tp, next_offset[tp])
+        await asyncio.gather(*commits)
+        for turn in range(TURNS):
+            await broker.committer.commit_turn(turn)
+        assert broker.offsets == {tp: offset + 1 for tp, offset in next_offset.items()}
+        assert broker.durable == broker.folded
+        assert not await broker.committer.commit()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 8, 11])
+async def test_every_partition_has_one_turn_an_interval(n):
+    broker = _Broker()
+    for lap in range(2):
+        for partition in range(n):
+            broker.process(TP("events", partition), lap)
+        broker.commits.clear()
+        for turn in range(TURNS):
+            await broker.committer.commit_turn(turn)
+        assert len(broker.commits) == min(n, TURNS)
+        assert sorted(partition for turn in broker.commits for partition in turn) == list(range(n))
+
+
+async def test_rows_that_another_worker_writes_are_not_ours_to_commit():
+    broker = _Broker()
+    broker.process(TP("events", 0), 0)
+    broker.store.standbys = {1}
+    broker.store.arena.mark_dirty(broker.store.arena.slots(1, [b"user"]))
+    await broker.committer.commit()
+    assert list(broker.durable) == [0]
+    broker.store.standbys = set()
+    await broker.committer.commit()
+    assert sorted(broker.durable) == [0, 1]
+
+
+async def test_a_turn_that_was_begun_is_ended_though_the_timer_is_cancelled():
+    broker = _Broker()
+    broker.process(TP("events", 0), 1)
+    timer = asyncio.ensure_future(broker.committer.run(0.001 * TURNS))
+    while not broker.committer._locks[0].locked():
+        await asyncio.sleep(0)
+    timer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await timer
+    await broker.committer.commit()
+    assert broker.durable == {0: 1} and broker.offsets == {TP("events", 0): 2}
+    assert len(broker.commits) == 1

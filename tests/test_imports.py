@@ -68,7 +68,7 @@ PUBLIC = {
         "ModelVersion", "Probabilities", "ScoreRecord",
         "event_hash", "event_hashes", "hash32", "hash64", "platform_code", "price_bucket", "to_columns",
     ],
-    "models.state": ["decode_row", "empty_rows", "encode_row", "row_dtype"],
+    "models.state": ["decode_row", "decode_rows", "empty_rows", "encode_row", "encode_rows", "row_dtype"],
     "models.fold": ["FoldParams", "fold", "fold_params", "refold_rings", "starts_afresh", "warm"],
     "models.rebuild": ["Refolded", "refold", "rows_before"],
     "models.explain": ["Effects", "Explainer", "contributions", "without_features", "without_terms"],

@@ -1,5 +1,6 @@
 """streams/broker.py and streams/kafka.py against a broker: start and stop, topics, options, ends of partitions."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from models.config import KafkaConfig, TopicsConfig
 from models.errors import ConfigError
-from streams.broker import EmbeddedBroker
-from streams.kafka import CHANGELOG_CONFIG, client_options, connected, create_topics, end_offsets
+from streams.broker import EmbeddedBroker, free_port
+from streams.kafka import CHANGELOG_CONFIG, client_options, connected, create_topics, end_offsets, has_members
 
 pytestmark = pytest.mark.broker
 
@@ -136,3 +137,25 @@ async def test_produce_and_consume(kafka: KafkaConfig, topics: TopicsConfig):
         await consumer.commit()
     assert {(r.partition, r.offset) for r in got} == {(m.partition, m.offset) for m in sent}
     assert sorted(int(r.value) for r in got) == list(range(50))
+
+
+async def test_a_group_has_members_once_one_has_joined(kafka: KafkaConfig, topics: TopicsConfig, prefix: str):
+    await create_topics(kafka, topics)
+    group = f"{prefix}-members"
+    consumer = AIOKafkaConsumer(group_id=group, session_timeout_ms=6000, **client_options(kafka))
+    await consumer.start()
+    try:
+        # Also waits for the coordinator, which a fresh broker does not have at once.
+        assert await consumer.committed(TopicPartition(topics.events, 0)) is None
+        assert not await has_members(kafka, group)
+        consumer.subscribe([topics.events])
+        await consumer.getmany(timeout_ms=1)
+        while not consumer.assignment():
+            await asyncio.sleep(0.05)
+        assert await has_members(kafka, group)
+    finally:
+        await consumer.stop()
+
+
+async def test_a_group_of_which_nobody_tells_is_taken_to_have_members():
+    assert await has_members(KafkaConfig(bootstrap=f"127.0.0.1:{free_port()}", request_timeout_s=1), "any")

@@ -73,7 +73,7 @@ def test_only_one_model_is_shown():
 def test_names_have_prefix_and_base_units_and_no_user():
     metrics = Metrics()
     families = list(metrics.registry.collect())
-    assert len(families) == 25
+    assert len(families) == 32
     for family in families:
         assert family.name.startswith("crosscurrent_")
         assert not family.name.endswith(("_ms", "_kb", "_milliseconds"))

@@ -11,8 +11,9 @@ import sys
 from base64 import urlsafe_b64decode
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import PseudonymConfig
@@ -104,3 +105,23 @@ def test_the_command_that_the_message_gives_makes_a_key(tmp_path: Path) -> None:
     command = MAKE_A_KEY.replace("python3", sys.executable)
     subprocess.run(f"{command} > {path}", shell=True, check=True)
     assert len(Pseudonymiser(PseudonymConfig(key_file=path)).of("a", "b")) == PSEUDONYM_LENGTH
+
+
+@settings(deadline=None)  # the first compiles
+@given(
+    key=st.text("abc", min_size=16, max_size=150),
+    platform=NAME,
+    users=st.lists(st.one_of(NAME, st.integers(0, 300).map("u".__mul__)), max_size=6),
+)
+def test_many_are_those_of_one_by_one(key: str, platform: str, users: list[str]) -> None:
+    made = Pseudonymiser(PseudonymConfig(key=key))
+    raw = [user.encode() for user in users]
+    length = np.array([len(one) for one in raw], np.int32)
+    buffer = np.frombuffer(b"".join(raw), np.uint8)
+    found = made.of_many(platform, buffer, np.cumsum(length, dtype=np.int64) - length, length)
+    assert [row.tobytes().decode() for row in found] == [made.of(platform, user) for user in users]
+
+
+def test_a_row_without_a_user_has_no_pseudonym() -> None:
+    found = ONE.of_many("shop", np.frombuffer(b"anna", np.uint8), np.array([0, 0, 2]), np.array([2, -1, 2], np.int32))
+    assert [row.tobytes() for row in found] == [ONE.of("shop", "an").encode(), bytes(24), ONE.of("shop", "na").encode()]

@@ -8,6 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import CATEGORIES, HASHES, PLATFORMS, START_MS, make_model, make_stream, make_table, some_categories
 
 from models.categories import (
@@ -487,6 +489,50 @@ def test_views_are_of_the_moment_of_each_event():
         np.testing.assert_array_equal(views[i]["ring_category"][:n], newest_first[newest_first != 0])
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(0, 120), users=st.integers(1, 5), size=st.sampled_from(["cpu", "gpu"]))
+def test_folding_with_views_is_folding_and_leaves_h_alone(seed, n, users, size):
+    """Byte for byte, late events, repeats, replays and users who were idle for too long among them."""
+    events, slots = make_stream(max(n, 1), users, seed)
+    events, slots = events[:n].copy(), slots[:n]
+    idle_ms = int(FoldConfig().idle_ttl_s * 1000)
+    for at in np.random.default_rng(seed).integers(0, max(n, 1), 2):
+        events["ts"][at:] += idle_ms + 1
+    params, rows = fold_params(FoldConfig()), empty_rows(users, size)
+    rows["h"] = np.random.default_rng(seed).normal(size=rows["h"].shape)
+    h_UH, alone = rows["h"].copy(), rows.copy()
+    out, expected = [
+        (np.zeros((n, N_FEATURES), np.float32), np.zeros(n, np.float32), np.zeros(n, np.uint8)) for _ in range(2)
+    ]
+    views = np.zeros(n, view_dtype(size))
+    fold_with_views(rows, slots, events, params, *out, views)
+    fold(alone, slots, events, params, *expected)
+    np.testing.assert_array_equal(rows["h"], h_UH)
+    alone["h"] = h_UH
+    assert rows.tobytes() == alone.tobytes()
+    assert [column.tobytes() for column in out] == [column.tobytes() for column in expected]
+    last = {int(slot): i for i, slot in enumerate(slots)}
+    for slot, i in last.items():
+        assert views_of(rows, np.array([slot]), size)[0].tobytes() == views[i].tobytes()
+
+
+def test_a_batch_that_does_not_fit_changes_no_row():
+    events, slots = make_stream(10, 2)
+    wrong_kind, wrong_slots = events.copy(), slots.copy()
+    wrong_kind["kind"][-1], wrong_slots[-1] = 7, 2
+    whole = (10, N_FEATURES), 10, 10, 10
+    cases = [(slots, wrong_kind, whole), (wrong_slots, events, whole), (slots[:9], events, whole)]
+    cases += [(slots, events, shapes) for shapes in (((9, N_FEATURES), *whole[1:]), ((10, 5), *whole[1:]), (*whole[:3], 9))]
+    for some_slots, some_events, shapes in cases:
+        rows = empty_rows(2)
+        out = [np.zeros(shape, dtype) for shape, dtype in zip(shapes, (np.float32, np.float32, np.uint8), strict=False)]
+        with pytest.raises(ValueError):
+            fold_with_views(
+                rows, some_slots, some_events, fold_params(FoldConfig()), *out, np.zeros(shapes[3], view_dtype())
+            )
+        assert rows.tobytes() == empty_rows(2).tobytes()
+
+
 def test_a_model_without_student_says_its_constants_and_disowns_h(model):
     offsets = np.tile(np.float32([1.0, 0.0]), (4, 3, 1))
     offsets[:, :, 1] = [0.2, -0.7, 0.4]
@@ -533,6 +579,83 @@ def test_names_come_with_their_hashes(table):
     assert set(table.names) <= set(CATEGORIES.values())
     np.testing.assert_array_equal(table.index_of(table.hashes_C[[3, 5]]), [3, 5])
     assert table.index_of(np.array([UNKNOWN], np.uint32)).tolist() == [-1]
+
+
+def device_scorer(model: Model) -> Scorer:
+    """A scorer that goes the way of another device, which here is the CPU too."""
+    scorer = Scorer(model, "cpu")
+    scorer._served = None
+    return scorer
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_the_way_of_another_device_says_the_same(size):
+    model = make_model(size)
+    events, slots = make_stream(700, USERS, seed=21)
+    expected, _, expected_rows = run(model, events, slots)
+    scorer, rows = device_scorer(model), empty_rows(USERS, size)
+    scorer.at_once = 300
+    assert_same_scores(scorer.run(rows, slots, events)[0], expected)
+    np.testing.assert_allclose(rows["h"], expected_rows["h"], rtol=0, atol=1e-5)
+    nothing, _ = scorer.run(rows, slots[:0], events[:0])
+    assert nothing.p_N3.shape == (0, 3)
+    assert scorer.out_of_memory == 0
+
+
+@pytest.mark.parametrize("step", ["encode", "heads"])
+@pytest.mark.parametrize("holds", [0, 300, 1000])
+def test_too_little_memory_on_the_device_costs_no_event(model, monkeypatch, step, holds):
+    """Half as many at once, in the end the CPU; every event moves h once."""
+    events, slots = make_stream(1500, USERS, seed=22)
+    expected, _, expected_rows = run(model, events, slots)
+    scorer, rows = device_scorer(model), empty_rows(USERS)
+    whole = getattr(scorer._student, step)
+
+    def tight(first, *rest):
+        held = len(first.features_NF) if step == "encode" else len(first)
+        if held > holds and scorer._served is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(first, *rest)
+
+    monkeypatch.setattr(scorer._student, step, tight)
+    scorer.at_once = 1024
+    assert_same_scores(scorer.run(rows, slots, events)[0], expected)
+    np.testing.assert_allclose(rows["h"], expected_rows["h"], rtol=0, atol=1e-5)
+    # What the device encoded before its heads failed is finished by the CPU: 1,500 events are two parts then, not three.
+    if (step, holds) == ("encode", 0):
+        failed, at_once = 3, 128
+    else:
+        failed, at_once = (1, 512) if holds == 1000 else (2, 256)
+    assert (scorer.out_of_memory, scorer.at_once) == (failed, at_once)
+    assert (scorer._served is not None) == (at_once == 128)
+    again = empty_rows(USERS)
+    assert_same_scores(scorer.run(again, slots, events)[0], expected)
+
+
+def test_too_little_memory_for_a_rebuild_goes_on_on_the_cpu(model, monkeypatch):
+    events, slots = make_stream(300, USERS, seed=23)
+    _, _, rows = run(model, events, slots)
+    rows["h_version"] = 0
+    expected, scorer = rows.copy(), device_scorer(model)
+    Scorer(model, "cpu").prepare(expected, slots)
+    whole = scorer._student.encode
+
+    def tight(columns):
+        if scorer._served is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(columns)
+
+    monkeypatch.setattr(scorer._student, "encode", tight)
+    scorer.prepare(rows, slots)
+    assert rows.tobytes() == expected.tobytes()
+    assert scorer.out_of_memory == 1
+    assert scorer.device.type == "cpu"
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
+def test_a_share_of_memory_that_is_none_is_refused(model, fraction):
+    with pytest.raises(ValueError, match="memory_fraction"):
+        Scorer(model, "cpu", memory_fraction=fraction)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import state
 from models.errors import CorruptRowError, StateABIError, StateError
-from models.state import FIELDS, MIGRATIONS, SIZES, STATE_ABI, decode_row, empty_rows, encode_row, row_dtype
+from models.state import (
+    FIELDS,
+    MIGRATIONS,
+    NULL,
+    OK,
+    OTHER,
+    PACKED,
+    SIZES,
+    STATE_ABI,
+    decode_row,
+    decode_rows,
+    empty_rows,
+    encode_row,
+    encode_rows,
+    row_dtype,
+)
 
 # Of STATE_ABI 1. Where these fail, a row in somebody's changelog reads wrong: raise STATE_ABI and write a migration.
 OFFSETS_CPU = {
@@ -130,3 +145,120 @@ def test_an_unknown_abi_is_named(abi):
 
 def test_both_errors_are_state_errors():
     assert issubclass(StateABIError, StateError) and issubclass(CorruptRowError, StateError)
+
+
+def sparse_rows(size: str, seed: int, n: int, filled: float) -> np.ndarray:
+    """Rows of this ABI of which about a share of the bytes is not zero."""
+    rng = np.random.default_rng(seed)
+    blob = rng.integers(0, 256, (n, row_dtype(size).itemsize), np.uint8)
+    blob[rng.random(blob.shape) >= filled] = 0
+    rows = blob.reshape(-1).view(row_dtype(size)).copy()
+    rows["abi"] = STATE_ABI
+    return rows
+
+
+def values_of(columns: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[bytes | None]:
+    buffer, at, length = columns
+    blob = buffer.tobytes()
+    return [blob[a : a + n] if n >= 0 else None for a, n in zip(at.tolist(), length.tolist(), strict=True)]
+
+
+def columns_of(values: list[bytes | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    length = np.array([-1 if v is None else len(v) for v in values], np.int32)
+    ends = np.cumsum(np.maximum(length, 0))
+    return (
+        np.frombuffer(b"".join(v or b"" for v in values), np.uint8),
+        (ends - np.maximum(length, 0)).astype(np.int64),
+        length,
+    )
+
+
+def packed_by_hand(body: bytes, size: str) -> bytes:
+    """The packed form, written down plainly."""
+    words = np.frombuffer(body, "<u4").copy()
+    dtype, before = row_dtype(size), None
+    singles = [dtype.fields[name][1] + 4 for name in ("last_ts", "first_ts", "session_start_ts")]
+    uppers = singles + [dtype.fields["ring_ts"][1] + 8 * k + 4 for k in range(SIZES[size][1])]
+    for upper in uppers:
+        word = int(words[upper // 4])
+        words[upper // 4] = word ^ before if before is not None else word
+        before = word
+    bitmap = sum(1 << i for i, word in enumerate(words) if word)
+    n_mask_bytes = 4 * -(-len(words) // 32)
+    packed = PACKED.to_bytes(2, "little") + len(body).to_bytes(2, "little") + bitmap.to_bytes(n_mask_bytes, "little")
+    return encode_row(packed + b"".join(int(word).to_bytes(4, "little") for word in words if word))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@settings(deadline=None)  # the first one compiles
+@given(seed=st.integers(0, 2**32 - 1), filled=st.sampled_from([0.0, 0.02, 0.2, 0.6, 1.0]), n=st.integers(0, 5))
+def test_rows_take_the_shorter_form_and_come_back_byte_for_byte(size, seed, filled, n):
+    rows = sparse_rows(size, seed, n + 2, filled)
+    slots = np.random.default_rng(seed).integers(0, len(rows), n)
+    values = values_of(encode_rows(rows, slots))
+    for value, slot in zip(values, slots.tolist(), strict=True):
+        body = rows[slot].tobytes()
+        packed = packed_by_hand(body, size)
+        assert value == (packed if len(packed) < len(encode_row(body)) else encode_row(body))
+        assert decode_row(value, size) == body
+    got, status = decode_rows(*columns_of(values), size)
+    assert status.tolist() == [OK] * n and got.tobytes() == rows[slots].tobytes()
+
+
+def test_encode_rows_refuses_slots_outside_the_rows():
+    for slot in (-1, 3):
+        with pytest.raises(ValueError, match="outside"):
+            encode_rows(empty_rows(3), np.array([0, slot]))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@settings(deadline=None)
+@given(data=st.data())
+def test_decode_rows_takes_what_decode_row_takes_whatever_stands_beside_it(size, data):
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    rows = sparse_rows(size, seed, 6, 0.1)
+    values: list[bytes | None] = [*values_of(encode_rows(rows, np.arange(5))), encode_row(rows[5].tobytes())]
+    sealed = st.binary(max_size=60).map(encode_row)
+    marked = st.binary(max_size=80).map(
+        lambda b: encode_row(PACKED.to_bytes(2, "little") + row_dtype(size).itemsize.to_bytes(2, "little") + b)
+    )
+    cut = st.builds(
+        lambda v, n, m: encode_row(v[n : len(v) - 4 - m]), st.sampled_from(values), st.integers(0, 9), st.integers(0, 9)
+    )
+    flipped = st.builds(
+        lambda v, i, x: v[: i % len(v)] + bytes([v[i % len(v)] ^ x]) + v[i % len(v) + 1 :],
+        st.sampled_from(values),
+        st.integers(0, 4000),
+        st.integers(1, 255),
+    )
+    hostile = st.one_of(st.none(), st.binary(max_size=60), sealed, marked, cut, flipped)
+    values = data.draw(st.permutations(values + data.draw(st.lists(hostile, max_size=8))))
+    got, status = decode_rows(*columns_of(values), size)
+    for i, value in enumerate(values):
+        if value is None:
+            assert status[i] == NULL
+            continue
+        try:
+            body = decode_row(value, size)
+        except StateError:
+            assert status[i] == OTHER
+        else:
+            assert status[i] == OK and got[i].tobytes() == body
+
+
+def test_decode_rows_reads_nothing_outside_the_buffer():
+    buffer = np.frombuffer(encode_row(a_row("cpu")), np.uint8)
+    at = np.array([0, 1, -1, -1020, 2**62, 0, 0], np.int64)
+    length = np.array([1020, 1020, 1020, 1020, 1020, 2**31 - 1, -2], np.int32)
+    assert decode_rows(buffer, at, length)[1].tolist() == [OK] + [OTHER] * 6
+
+
+def test_a_packed_row_of_an_older_abi_is_migrated(monkeypatch):
+    monkeypatch.setattr(state, "STATE_ABI", 2)
+    monkeypatch.setitem(MIGRATIONS, 1, lambda body, size: (2).to_bytes(2, "little") + body[2:])
+    row = empty_rows(1)
+    row["abi"] = 1
+    values = values_of(encode_rows(row, np.zeros(1, np.int64)))
+    assert len(values[0]) < 100
+    assert decode_rows(*columns_of(values))[1].tolist() == [OTHER]
+    assert decode_row(values[0]) == (2).to_bytes(2, "little") + row.tobytes()[2:]

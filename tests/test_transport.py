@@ -1,0 +1,116 @@
+"""The consumer beside full buffers, what Faust waits for and how long; how what was fetched becomes micro-batches."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from aiokafka.structs import ConsumerRecord
+from faust.types import TP
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams.app import CrosscurrentApp
+from streams.codec import Fetched
+from streams.transport import Consumer, batches, register
+from streams.wire import Records, Spans
+
+ONE, OTHER = TP("events", 0), TP("events", 1)
+
+
+class Asking(Consumer):
+    """Keeps which partitions were asked for, and how long; nothing is ever there."""
+
+    asked: list[tuple[set[TP], float]]
+
+    async def _getmany(self, active_partitions: set[TP], timeout: float) -> dict:
+        self.asked.append((set(active_partitions), timeout))
+        return {}
+
+
+@pytest.fixture
+async def consumer() -> Asking:
+    register()
+    app = CrosscurrentApp("buffers", broker="crosscurrent://127.0.0.1:1")
+    app.committer = None
+
+    async def nothing(*args: object) -> None: ...
+
+    consumer = Asking(app.transport, nothing, nothing, nothing)
+    consumer.asked = []
+    consumer._active_partitions = {ONE, OTHER}
+    return consumer
+
+
+async def test_all_partitions_are_asked_for_while_no_buffer_is_full(consumer: Asking):
+    await consumer._wait_next_records(1.0)
+    assert consumer.asked == [({ONE, OTHER}, 1.0)]
+
+
+async def test_beside_a_full_buffer_the_wait_for_others_is_short(consumer: Asking):
+    consumer.on_buffer_full(ONE)
+    await consumer._wait_next_records(1.0)
+    ((partitions, timeout_s),) = consumer.asked
+    assert partitions == {OTHER} and timeout_s < 0.1
+    consumer.on_buffer_drop(ONE)
+    await consumer._wait_next_records(1.0)
+    assert consumer.asked[1] == ({ONE, OTHER}, 1.0)
+
+
+@pytest.mark.parametrize("resume", [lambda c: c.on_buffer_drop(ONE), lambda c: c.resume_partitions([ONE])])
+async def test_where_all_buffers_are_full_the_wait_ends_as_soon_as_one_has_room(consumer: Asking, resume):
+    consumer.on_buffer_full(ONE)
+    consumer.on_buffer_full(OTHER)
+    waiting = asyncio.create_task(consumer._wait_next_records(60.0))
+    await asyncio.sleep(0.05)
+    assert not waiting.done() and not consumer.asked
+    resume(consumer)
+    records, _ = await asyncio.wait_for(waiting, 5)
+    assert records == {}
+    await consumer._wait_next_records(1.0)
+    assert consumer.asked[0][0] == {ONE}
+
+
+async def test_where_all_buffers_stay_full_the_wait_ends_in_time(consumer: Asking):
+    consumer.on_buffer_full(ONE)
+    consumer.on_buffer_full(OTHER)
+    assert await asyncio.wait_for(consumer._wait_next_records(0.05), 5) == ({}, set())
+    assert not consumer.asked
+
+
+# ── micro-batches ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+strings = st.none() | st.binary(max_size=6)
+
+
+def records_of(partition: int, first: int, pairs: list[tuple[bytes | None, bytes | None]]) -> Records:
+    return Records.of(
+        [
+            ConsumerRecord("events", partition, first + i, 7 * i, 0, key, value, None, 0, 0, ())
+            for i, (key, value) in enumerate(pairs)
+        ]
+    )
+
+
+@given(sizes=st.lists(st.integers(1, 12), max_size=6), most=st.integers(1, 10))
+def test_micro_batches_are_full_but_for_the_last_and_in_order(sizes: list[int], most: int):
+    fetched = [(name, records_of(0, 0, [(b"k", b"v")] * n)) for name, n in enumerate(sizes)]
+    made = list(batches(fetched, most))
+    lengths = [sum(len(records) for _, records in batch) for batch in made]
+    assert sum(lengths) == sum(sizes)
+    assert all(n == most for n in lengths[:-1]) and all(0 < n <= most for n in lengths)
+    flat = [(name, offset) for batch in made for name, records in batch for offset in records.offset.tolist()]
+    assert flat == [(name, i) for name, n in enumerate(sizes) for i in range(n)]
+
+
+@given(parts=st.lists(st.lists(st.tuples(strings, strings), min_size=1, max_size=5), min_size=1, max_size=4), data=st.data())
+def test_joined_partitions_are_their_records_one_after_another(parts: list[list[tuple]], data: st.DataObject):
+    fetched, due = [], []
+    for p, pairs in enumerate(parts):
+        some = slice(data.draw(st.integers(0, len(pairs) - 1)), None)
+        fetched.append(Fetched.of(records_of(p, 100 * p, pairs)[some]))
+        due += [(key, value, 100 * p + i, 7 * i) for i, (key, value) in list(enumerate(pairs))[some]]
+    joined = Fetched.joined(fetched)
+    columns = joined.keys.tolist(), joined.values.tolist(), joined.offset.tolist(), joined.timestamp.tolist()
+    assert list(zip(*columns, strict=True)) == due
+    assert all(isinstance(spans, Spans) and spans.at.dtype == np.int64 for spans in joined[:2])
+    assert joined.keys.length.dtype == joined.values.length.dtype == np.int32
