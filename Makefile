@@ -43,7 +43,7 @@ kafka-stop: setup  ## end it; its records go with it
 	$(BIN)/python deploy/kafka/local_kafka.py stop
 
 test-kafka: setup  ## the tests with a broker, on Apache Kafka of their own
-	$(BIN)/python -m pytest -m broker --broker=kafka $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m broker --broker=kafka $(ARGS)
 
 bench: setup  ## a benchmark: BENCH=throughput ARGS="..."
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -77,12 +78,15 @@ def test_a_partition_ahead_of_its_platforms_slowest_is_held_until_that_has_caugh
     assert hold.held({buys: 20_000}, {views, buys}) == {buys}
 
 
+NEVER = KillSwitch(None)
+
+
 class _Broker:
     """Takes what a committer sends and commits, acknowledges late, and checks the protocol at each commit of offsets."""
 
-    def __init__(self) -> None:
+    def __init__(self, kill: Callable[[str], None] = NEVER) -> None:
         self.store = ArenaStore("arena://cpu", SimpleNamespace(), SimpleNamespace(name="user_state"))
-        self.committer = Committer(self.store, "changelog", Metrics(), KillSwitch(None))
+        self.committer = Committer(self.store, "changelog", Metrics(), kill)
         self.committer.consumer = self.committer.sender = self
         self.committer.on_failure = lambda error: None
         self.sends: dict[TP, list[tuple[int, asyncio.Future]]] = {}
@@ -172,6 +176,19 @@ async def test_every_partition_has_one_turn_an_interval(n):
             await broker.committer.commit_turn(turn)
         assert len(broker.commits) == min(n, TURNS)
         assert sorted(partition for turn in broker.commits for partition in turn) == list(range(n))
+
+
+async def test_the_steps_of_a_commit_without_rows_are_not_counted():
+    """A kill at one of them would hit no changelog, and a crash test could pass without having tested it."""
+    steps: list[str] = []
+    broker = _Broker(steps.append)
+    broker.process(TP("raw", 0), 0)
+    assert await broker.committer.commit()
+    assert steps == []
+    broker.process(TP("raw", 0), 1)
+    broker.process(TP("events", 0), 0)
+    assert await broker.committer.commit()
+    assert steps == [step for step in KILL_STEPS if step.startswith("commit_")]
 
 
 async def test_rows_that_another_worker_writes_are_not_ours_to_commit():

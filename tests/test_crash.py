@@ -68,7 +68,7 @@ async def test_kill_at(fleet: Fleet, step: str):
 
 
 async def test_killed_in_the_first_commit(fleet: Fleet):
-    """The rows are in the changelog and the group has no offsets at all yet."""
+    """The rows are in the changelog and no offset of `events` is committed yet."""
     async with fleet.fed():
         await fleet.killed(fleet.start(kill_at="commit_changelog_acked:1"))
         heir = fleet.start()
