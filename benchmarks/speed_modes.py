@@ -46,7 +46,7 @@ from speed_lab import (
     WorkerProcess,
     measure,
 )
-from speed_report import percentiles, swap_gap
+from speed_report import percentiles, swap_pause
 
 from models import artifact
 from models.config import Settings
@@ -89,8 +89,12 @@ EXPECTED: dict[str, int] = {
 }
 """Events a second that a run lays out events for at first; where they do not last it is done again with more."""
 LATENCY_RATES = (2_000, 20_000, 50_000)
-SWAP_RATE = 50_000
+SWAP_RATE, SWAPS = 50_000, {"minor": (8, 2.0), "major": (3, 6.0)}
+"""Events a second; new versions of each kind and the seconds that each is given: after a major one every user's `h` is
+rebuilt at his next event, seconds of work for all 50,000."""
 _BACKLOG_S = 90.0
+_CALM_S = 4.0
+"""Before the first swap."""
 _RAW = 1_000_000
 ROW_BYTES = row_dtype("cpu").itemsize
 
@@ -367,28 +371,26 @@ async def latency(rate: int, options: Options) -> dict[str, Any]:
 
 
 async def swap(options: Options) -> dict[str, Any]:
-    """The longest time without a score around a new model, less what is usual: of a minor version, then of a major one."""
+    """The longest time without a score around each of SWAPS, less what is usual."""
     with tempfile.TemporaryDirectory(prefix="crosscurrent-bench-store-") as folder:
         shutil.copytree(options.store, folder, dirs_exist_ok=True)
         async with _lab(options._replace(store=folder)) as lab:
-            process = lab.start(
-                "worker", lab.with_changes(worker={"app_id": "bench", "stages": ("score",)}), core=WORKER_CORE
-            )
+            process = lab.start("worker", _scoring(lab), core=WORKER_CORE)
             try:
                 await process.until_ready()
                 async with Watcher(lab) as watcher:
-                    calm_s = max(options.least_s / 3, 4.0)
-                    feed = _feed(lab, SWAP_RATE, options.warm_up_s + 3 * calm_s)
+                    calm_s = _CALM_S + sum(n * each_s for n, each_s in SWAPS.values())
+                    feed = _feed(lab, SWAP_RATE, options.warm_up_s + calm_s + 4.0)
                     while not len(watcher):  # the feed takes seconds to start
                         process.check()
                         await asyncio.sleep(0.1)
-                    await asyncio.sleep(options.warm_up_s + calm_s)
+                    await asyncio.sleep(options.warm_up_s + _CALM_S)
                     announced = []
-                    for kind in ("minor", "major"):
+                    for kind in (kind for kind, (n, _) in SWAPS.items() for _ in range(n)):
                         version = await asyncio.to_thread(_another_version, folder, kind)
                         announced.append((kind, version.version, time.time() * 1000))
                         await lab.announce(version)
-                        await asyncio.sleep(calm_s)
+                        await asyncio.sleep(SWAPS[kind][1])
                     fed = await _fed(feed)
                     until_s = time.monotonic() + _BACKLOG_S
                     while watcher.latest_model() != f"student/{version.version}" and time.monotonic() < until_s:
@@ -397,24 +399,35 @@ async def swap(options: Options) -> dict[str, Any]:
                     await asyncio.sleep(2.0)
                     seen = watcher.seen()
                 metrics = process.metrics()
-                out = {"sent_per_s": round(fed["sent"] / fed["seconds"])}
-                for kind, version, announced_ms in announced:
-                    firsts = seen.scored_ms[[name == f"student/{version}" for name in seen.model]]
-                    if not len(firsts):
-                        raise SystemExit(f"the {kind} version {version} was not swapped in:\n{process.tail()}")
-                    first_ms = seen.scored_ms.min() + options.warm_up_s * 1000
-                    out[kind] = swap_gap(seen.scored_ms[seen.scored_ms >= first_ms], announced_ms, firsts.min())
                 count = metrics["crosscurrent_swap_pause_seconds_count"]
-                out["handover_ms"] = round(metrics["crosscurrent_swap_pause_seconds_sum"] / max(count, 1) * 1000, 4)
-                return out
+                handover_ms = metrics["crosscurrent_swap_pause_seconds_sum"] / max(count, 1) * 1000
+                return {
+                    "sent_per_s": round(fed["sent"] / fed["seconds"]),
+                    **_pauses(seen, announced, options.warm_up_s),
+                    "handover_ms": round(handover_ms, 4),
+                }
             finally:
                 process.stop()
+
+
+def _pauses(seen: Seen, announced: list[tuple[str, str, float]], warm_up_s: float) -> dict[str, Any]:
+    """By kind, of (kind, version, announced ms): `swap_pause`. A swap's usual is what followed the one before it, of
+    either kind."""
+    names, swaps = np.array(seen.model), []
+    for kind, version, announced_ms in announced:
+        firsts = seen.scored_ms[names == f"student/{version}"]
+        if not len(firsts):
+            raise SystemExit(f"the {kind} version {version} was not swapped in")
+        swaps.append((announced_ms, float(firsts.min())))
+    times = seen.scored_ms[seen.scored_ms >= seen.scored_ms.min() + warm_up_s * 1000]
+    kinds = [kind for kind, *_ in announced]
+    return {kind: swap_pause(times, swaps, of=[k == kind for k in kinds]) for kind in dict.fromkeys(kinds)}
 
 
 def _another_version(store: str, kind: str) -> Any:
     """The student again: as a minor version with other offsets, or as a major one with another recurrence."""
     fold = Settings().fold
-    model = artifact.load(store, "student", artifact.versions(store, "student")[-1], fold=fold, size="cpu")
+    model = artifact.load(store, "student", artifact.versions(store, "student")[0], fold=fold, size="cpu")
     if kind == "minor":
         model = dataclasses.replace(model, calibration_P32=model.calibration_P32 + np.float32([0.0, 1e-3]))
     else:

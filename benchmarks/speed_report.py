@@ -90,28 +90,34 @@ def percentiles(values_ms: np.ndarray) -> dict[str, float]:
     }
 
 
-def swap_gap(scored_ms: np.ndarray, announced_ms: float, swapped_ms: float, after_ms: float = 500.0) -> dict[str, float]:
-    """How much longer than usual no score was made while a model was loaded and swapped in.
+def swap_pause(
+    scored_ms: np.ndarray, swaps: Sequence[tuple[float, float]], of: Sequence[bool], after_ms: float = 200.0
+) -> dict[str, float]:
+    """How much longer than usual no score was made around swaps of a model: (announced, first score by the new one), ms.
 
-    `scored_ms` (N,): when scores were made. The greatest gap from the announcement to `after_ms` after the first score by
-    the new model, beside the median of the greatest gaps of windows before it, of the same length where there is room for
-    three. `pause_ms`: their difference, at least 0. ValueError where less than `after_ms` was scored before.
+    `scored_ms` (N,): when scores were made. Of each swap the greatest gap from the announcement to `after_ms` after the
+    first score, less the mean of those of the windows of the same length in the time before it, back to the swap before.
+    `pause_ms` is their mean over the swaps that `of` names, at least 0, `error_ms` its standard error. ValueError where
+    less than a window was scored before an announcement.
     """
-    times = np.unique(scored_ms)
-    around = _greatest_gap(times, announced_ms, swapped_ms + after_ms)
-    before_ms = announced_ms - times.min()
-    if before_ms < after_ms:
-        raise ValueError("too little was scored before the announcement to say what gap is usual")
-    # A window that had to be cut has a smaller greatest gap: the pause is then said to be longer, never shorter.
-    length = min(swapped_ms + after_ms - announced_ms, before_ms / 3)
-    ends = np.arange(announced_ms, times.min() + length - 1e-9, -length).tolist()
-    usual = [_greatest_gap(times, end - length, end) for end in ends]
-    typical = statistics.median(usual)
+    times, since_ms, found = np.unique(scored_ms), float(np.min(scored_ms)), []
+    for announced_ms, swapped_ms in swaps:
+        length = swapped_ms + after_ms - announced_ms
+        ends = np.arange(announced_ms, since_ms + length - 1e-9, -length).tolist()
+        if not ends:
+            raise ValueError("too little was scored before the announcement to say what gap is usual")
+        usual = statistics.mean(_greatest_gap(times, end - length, end) for end in ends)
+        found.append((_greatest_gap(times, announced_ms, swapped_ms + after_ms), usual, swapped_ms - announced_ms))
+        since_ms = swapped_ms + after_ms
+    gaps, usuals, loads = zip(*(one for one, counts in zip(found, of, strict=True) if counts), strict=True)
+    pauses = [gap - usual for gap, usual in zip(gaps, usuals, strict=True)]
     return {
-        "pause_ms": round(max(0.0, around - typical), 2),
-        "gap_ms": round(around, 2),
-        "usual_gap_ms": round(typical, 2),
-        "load_ms": round(float(swapped_ms - announced_ms), 1),
+        "pause_ms": round(max(0.0, statistics.mean(pauses)), 2),
+        "error_ms": round(statistics.stdev(pauses) / len(pauses) ** 0.5, 2),
+        "swaps": len(pauses),
+        "gap_ms": round(statistics.mean(gaps), 2),
+        "usual_gap_ms": round(statistics.mean(usuals), 2),
+        "load_ms": round(statistics.mean(loads), 1),
     }
 
 
@@ -178,9 +184,9 @@ def _middle(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**middle, "runs": len(runs), "created_ms_spread": spread}
 
 
-def _resolved(gap: Mapping[str, float]) -> dict[str, float | None]:
-    """Without `pause_ms` where scoring stands still anyway for longer than the bar allows: it cannot be seen then."""
-    return {**gap, "pause_ms": gap["pause_ms"] if gap["usual_gap_ms"] <= BARS["swap"].must else None}
+def _resolved(pause: Mapping[str, float]) -> dict[str, float | None]:
+    """Without `pause_ms` where its error is above what the bar allows: it cannot be seen then."""
+    return {**pause, "pause_ms": pause["pause_ms"] if pause["error_ms"] <= BARS["swap"].must else None}
 
 
 def bars(figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -312,12 +318,14 @@ def _modes(figures: Mapping[str, Any]) -> list[str]:
         lines.append("")
     if one := figures.get("swap"):
         lines += [
-            "| a new model at 50,000 events/s | longest time without a score ms | usual ms | load ms |",
-            "|---|---|---|---|",
+            "| a new model at 50,000 events/s | swaps | longest time without a score ms | usual ms | pause ms | load ms |",
+            "|---|---|---|---|---|---|",
         ]
         for kind in ("minor", "major"):
+            at = one[kind]
+            pause = f"{at['gap_ms'] - at['usual_gap_ms']:+.1f} ± {at['error_ms']}"
             lines.append(
-                f"| {kind} version | {one[kind]['gap_ms']} | {one[kind]['usual_gap_ms']} | {one[kind]['load_ms']} |"
+                f"| {kind} version | {at['swaps']} | {at['gap_ms']} | {at['usual_gap_ms']} | {pause} | {at['load_ms']} |"
             )
         lines += ["", f"The hand-over itself takes {one['handover_ms']} ms. Sent: {one['sent_per_s']:,} events/s.", ""]
     if one := figures.get("start"):

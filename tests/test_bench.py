@@ -52,22 +52,28 @@ def test_percentiles_of_nothing_are_refused():
         report.percentiles(np.empty(0))
 
 
-def test_a_pause_shorter_than_the_usual_gaps_is_not_told():
-    calm, busy = ({"pause_ms": 0.0, "gap_ms": gap, "usual_gap_ms": gap} for gap in (4.0, 300.0))
+def test_a_pause_that_its_error_hides_is_not_told():
+    told, hidden = ({"pause_ms": 0.0, "gap_ms": 40.0, "usual_gap_ms": 40.0, "error_ms": error} for error in (4.0, 30.0))
     found = report.summary(
-        [{"name": "swap", "result": {"sent_per_s": 50_000, "minor": calm, "major": busy, "handover_ms": 0.2}}]
+        [{"name": "swap", "result": {"sent_per_s": 50_000, "minor": told, "major": hidden, "handover_ms": 0.2}}]
     )
     assert found["swap"]["minor"]["pause_ms"] == 0.0 and found["swap"]["major"]["pause_ms"] is None
 
 
-def test_a_swap_pauses_for_as_much_longer_than_usual():
+def test_swaps_pause_for_as_much_longer_than_usual():
     times = np.arange(0, 10_000, 20.0)
-    calm = report.swap_gap(times, announced_ms=8_000, swapped_ms=8_100)
-    assert calm["pause_ms"] == 0 and calm["usual_gap_ms"] == 20 and calm["load_ms"] == 100
-    held = times[(times < 8_060) | (times >= 8_140)]
-    assert report.swap_gap(held, announced_ms=8_000, swapped_ms=8_140)["pause_ms"] == 80
+    swaps = [(3_000, 3_100), (6_000, 6_100), (9_000, 9_100)]
+    calm = report.swap_pause(times, swaps, [True] * 3)
+    assert calm["pause_ms"] == calm["error_ms"] == 0 and calm["usual_gap_ms"] == 20 and calm["load_ms"] == 100
+    held = times[(times < 6_020) | (times >= 6_100)]
+    found = report.swap_pause(held, swaps, [True] * 3)
+    assert found["pause_ms"] == found["error_ms"] == pytest.approx(80 / 3, abs=0.01) and found["swaps"] == 3
+    assert report.swap_pause(held, swaps, [True, False, True])["pause_ms"] == 0
+    # A pause in the calm is usual, not a swap's.
+    held = times[(times < 5_020) | (times >= 5_100)]
+    assert report.swap_pause(held, swaps, [True] * 3)["usual_gap_ms"] > 20
     with pytest.raises(ValueError, match="too little"):
-        report.swap_gap(times[times > 7_900], announced_ms=8_000, swapped_ms=8_100)
+        report.swap_pause(times[times > 2_900], swaps, [True] * 3)
 
 
 def test_ratios_are_ours_over_theirs():
