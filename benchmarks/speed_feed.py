@@ -1,6 +1,6 @@
 """An open-loop producer: events at a steady rate, whatever becomes of them; a process of its own, beside the broker.
 
-Every `tick_s` what is due is sent, with the moment of sending as Kafka's time and as the event's `ts`: how long a score took
+Every TICK_S what is due is sent, with the moment of sending as Kafka's time and as the event's `ts`: how long a score took
 is then in the score record. Prints what it sent as JSON.
 """
 
@@ -19,6 +19,7 @@ from streams.codec import partitions_of
 from streams.commit import Sender
 from streams.wire import Spans, build
 
+TICK_S = 0.02
 _PREPARED = 100_000
 
 
@@ -48,7 +49,7 @@ async def feed(task: dict) -> dict:
     while sent < n:
         due = min(n, int((time.monotonic() - started_s) * rate))
         if due == sent:
-            await asyncio.sleep(task["tick_s"])
+            await asyncio.sleep(TICK_S)
             continue
         behind_ms.append((time.monotonic() - started_s - sent / rate) * 1000)
         now_ms = int(time.time() * 1000)
@@ -63,7 +64,7 @@ async def feed(task: dict) -> dict:
             task_ = sender.send_columns(task["topic"], partition, Spans.of(keys), Spans.of(values), now_ms)
             tails.add(task_)
             task_.add_done_callback(tails.discard)
-        await asyncio.sleep(task["tick_s"])
+        await asyncio.sleep(TICK_S)
     seconds = time.monotonic() - started_s
     await asyncio.gather(*tails)
     await producer.stop()

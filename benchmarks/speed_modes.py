@@ -92,9 +92,6 @@ LATENCY_RATES = (2_000, 20_000, 50_000)
 SWAP_RATE, SWAPS = 50_000, {"minor": (8, 2.0), "major": (3, 6.0)}
 """Events a second; new versions of each kind and the seconds that each is given: after a major one every user's `h` is
 rebuilt at his next event, seconds of work for all 50,000."""
-TICK_S = {"embedded": 0.02, "kafka": 0.005}
-"""How often the open loop's producer sends. 5 ms is a producer's `linger.ms` by default since Kafka 4.0 (KIP-1030); the
-embedded broker slows with every batch that it holds."""
 _BACKLOG_S = 90.0
 _CALM_S = 4.0
 """Before the first swap."""
@@ -329,7 +326,6 @@ def _feed(lab: Lab, rate: float, seconds: float) -> Process:
         "rate": rate,
         "seconds": seconds,
         "users": USERS,
-        "tick_s": TICK_S[lab.kind],
     }
     call = [sys.executable, str(ROOT / "benchmarks" / "speed_feed.py"), json.dumps(task)]
     return Process(call, lab.folder / "feed.log", BROKER_CORE)
