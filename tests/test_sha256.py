@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from streams import sha256
 
 WAYS = [pytest.param(sha256._compress_by_rounds, id="rounds")]
-if sha256._has_sha():
+if sha256._has("sha"):
     WAYS.append(pytest.param(sha256._compress_by_processor, id="processor"))
 
 
@@ -42,3 +43,16 @@ def test_finish_and_digest_are_those_of_hashlib(before: int, content: bytes):
     sha256.digest(state, out, 1)
     assert out[1:33].tobytes() == hashlib.sha256(begun + content).digest() and not out[0] and not out[33]
     assert (message[-3:] == 0xAA).all()  # no further than it says
+
+
+@pytest.mark.skipif(not (sha256._has("sha") and sha256._has("avx")), reason="needs a processor with SHA and AVX")
+def test_the_upper_halves_of_wide_registers_are_forgotten_before_each_block():
+    """Otherwise some processors take fifty times as long, and nothing but the clock tells."""
+
+    @numba.njit
+    def hashed(state, message):
+        sha256.compress(state, message, 0, state)
+
+    hashed(sha256.START.copy(), np.zeros(64, np.uint8))
+    (assembly,) = hashed.inspect_asm().values()
+    assert 0 < assembly.index("vzeroupper") < assembly.index("sha256rnds2")
