@@ -611,7 +611,8 @@ _NO_NUMBER, _WRITTEN_OUT = -1, -2
 
 @_kernel
 def _hashes(prefix, buffer, at_N, length_N, sure_N, message, room, out_N40):
-    """The first 40 hexadecimal digits of the SHA-256 of the prefix and each sure record. `message`: room for the longest."""
+    """The first 40 hexadecimal digits of the SHA-256 of the prefix and each sure record. `message`: room for the
+    longest."""
     w, state = room[:64], room[64:]
     for i in range(sure_N.size):
         if not sure_N[i]:

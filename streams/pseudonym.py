@@ -113,7 +113,7 @@ def _begun(key: bytes) -> np.ndarray:
 
 @_kernel
 def _pseudonyms(begun, key_id, domain, buffer, at_N, length_N, inner, outer, room, out_N24):
-    """`inner`, `outer`: room for the messages of the two hashes; the first is zeros again afterwards."""
+    """`inner`, `outer`: room for the two hashes' messages; the first is zeros again afterwards."""
     w, state = room[:64], room[64:]
     for j in range(domain.size):
         inner[j] = domain[j]
