@@ -54,7 +54,7 @@ from streams.platforms import (
 from streams.pseudonym import Pseudonymiser
 from streams.sha256 import BLOCK, START, finish
 from streams.timeformat import MAX_TS_MS
-from streams.wire import Spans
+from streams.wire import Spans, read_only
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -177,8 +177,7 @@ class Canonicaliser:
             nothing = Spans(np.empty(0, np.uint8), np.zeros(n, np.int64), np.zeros(n, np.int32))
             return Canonical(np.zeros(n, np.bool_), np.zeros(n, np.int64), np.zeros((n, 24), np.uint8), nothing, nothing.at)
         # Of one type always: each other type would be compiled anew.
-        values = Spans(values.buffer.view(), np.ascontiguousarray(values.at), np.ascontiguousarray(values.length))
-        values.buffer.flags.writeable = False
+        values = Spans(read_only(values.buffer), np.ascontiguousarray(values.at), np.ascontiguousarray(values.length))
         lengths = np.where(values.length > MAX_VALUE_BYTES, np.int32(-1), values.length)
         if len(self._room) < n or self._room.shape[1] != max(self._n_paths, 1):
             self._room = np.empty((n, max(self._n_paths, 1), 5), np.int64)  # fresh pages cost a tenth of the scan

@@ -33,7 +33,7 @@ from models.events import (
 )
 from streams import kernels
 from streams.kernels import MAX_QUANTITY
-from streams.wire import Spans
+from streams.wire import Spans, read_only
 
 if TYPE_CHECKING:
     from models.scorer import Scores  # whose import takes torch's
@@ -183,7 +183,7 @@ def decode_columns(keys: Spans, values: Spans, offsets: np.ndarray) -> Decoded:
         if refused:
             index = np.flatnonzero(sure)
             events, at_N3, length_N3, hashes = events[index], at_N3[index], length_N3[index], hashes[index]
-    texts = Texts(_read_only(values.buffer), np.frombuffer(extra, np.uint8), at_N3, length_N3)
+    texts = Texts(read_only(values.buffer), np.frombuffer(extra, np.uint8), at_N3, length_N3)
     return Decoded(index, events, texts, *_platforms(texts, hashes), refused)
 
 
@@ -222,17 +222,10 @@ def _platforms(texts: Texts, hashes: np.ndarray) -> tuple[np.ndarray, list[str]]
 
 def _flat(spans: Spans) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (
-        _read_only(spans.buffer),
+        read_only(spans.buffer),
         np.ascontiguousarray(spans.at, np.int64),
         np.ascontiguousarray(spans.length, np.int32),
     )
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    """A view: Numba compiles a kernel once for arrays that can be written to and once for those that cannot."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 class ScoreTexts(NamedTuple):

@@ -601,7 +601,7 @@ def build(
     times = np.ascontiguousarray(np.broadcast_to(np.asarray(timestamps_ms, np.int64), n))
     if values.n != n or len(keys.length) != n or len(values.length) != n:
         raise ValueError(f"{n} keys, {values.n} values: a record has both")
-    columns = [_read_only(np.ascontiguousarray(column)) for column in (*keys, *values)]
+    columns = [read_only(np.ascontiguousarray(column)) for column in (*keys, *values)]
     cuts, sizes, bad = _plan(*columns, times, most_bytes)
     if bad >= 0:
         raise ValueError(f"the key or the value of record {bad} does not lie in its buffer")
@@ -613,7 +613,7 @@ def build(
     return out
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def read_only(array: np.ndarray) -> np.ndarray:
     """The same memory. To Numba that is a type of its own: kernels are compiled for it alone, whoever may write to it."""
     array = array.view()
     array.flags.writeable = False
