@@ -71,6 +71,13 @@ BARS: dict[str, Bar] = {
     "memory": Bar("memory a user", ("recovery", "bytes_per_user"), 1.4 * 1024, 1.1 * 1024, "bytes", False),
     "swap": Bar("swap pause at 50 k/s", ("swap", "minor", "pause_ms"), 10, 2, "ms", False),
     "start": Bar("start to first score, warm cache", ("start", "first_score_s"), 6, 3, "s", False),
+    "gpu_student": Bar(
+        "student `cpu` on a GPU, batch 8,192, transfers included",
+        ("gpu", "cpu:8192", "events_per_s"),
+        10e6,
+        50e6,
+        "events/s",
+    ),
 }
 
 
@@ -189,11 +196,13 @@ def _resolved(pause: Mapping[str, float]) -> dict[str, float | None]:
     return {**pause, "pause_ms": pause["pause_ms"] if pause["error_ms"] <= BARS["swap"].must else None}
 
 
-def bars(figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every bar: what must and should be, what was measured (None: not), and whether it is met: `aim`, `must` or `no`."""
+def bars(figures: Mapping[str, Any], gpu: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Every bar: what must and should be, what was measured (None: not), and whether it is met: `aim`, `must` or `no`.
+    `gpu`: what `benchmarks/gpu_student.py` found."""
     out = {}
+    batches = {f"{one['size']}:{one['batch']}": one for one in gpu["batches"]} if gpu else {}
     for name, bar in BARS.items():
-        value: Any = figures
+        value: Any = {**figures, "gpu": batches}
         for key in bar.where:
             value = value.get(key) if isinstance(value, Mapping) else None
         out[name] = {"must": bar.must, "aim": bar.aim, "value": value, "unit": bar.unit, "met": _met(bar, value)}
@@ -376,7 +385,28 @@ def _bars(result: Mapping[str, Any]) -> list[str]:
             value = "not to be told from the usual gaps"
         must = "–" if bar["must"] is None else f"{bar['must']:,g}"
         lines.append(f"| {BARS[name].title} | {must} | {bar['aim']:,g} | {value} | {bar['met'] or '–'} |")
-    return [*lines, "", "The student on a GPU: not measured, no CUDA device (`python -m benchmarks.gpu_student`)."]
+    return [*lines, "", *_card(result.get("gpu"))]
+
+
+def _card(gpu: Mapping[str, Any] | None) -> list[str]:
+    """What `benchmarks/gpu_student.py` found, as it wrote it."""
+    if not gpu:
+        return ["The student on a GPU: not measured, no CUDA device (`python -m benchmarks.gpu_student`)."]
+    lines = [
+        f"The student on one {gpu['card']}, {gpu['bandwidth_gb_s']:,} GB/s by a copy, PyTorch {gpu['torch']}; medians of "
+        f"{gpu['repeats']} batches (5th … 95th percentile); `python -m benchmarks.gpu_student --json "
+        "benchmarks/gpu_student.json`:",
+        "",
+        "| size | batch | on the card, µs | events/s | share of the bandwidth | with transfers, µs | events/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in gpu["batches"]:
+        alone, moved = ("{median:,} ({p5:,} … {p95:,})".format(**one[key]) for key in ("on_card_us", "with_transfers_us"))
+        lines.append(
+            f"| {one['size']} | {one['batch']:,} | {alone} | {one['on_card_events_per_s']:,} | {one['bandwidth_share']:.1%} "
+            f"| {moved} | {one['events_per_s']:,} |"
+        )
+    return lines
 
 
 _PEERS_TEXT = [

@@ -46,6 +46,8 @@ from speed_modes import LATENCY_RATES, Options
 from models.state import row_dtype
 
 COMMITTED = ROOT / "benchmarks" / "throughput.json"
+GPU = ROOT / "benchmarks" / "gpu_student.json"
+"""Measured where there is a card (`benchmarks/gpu_student.py`), reported here."""
 CACHE = HOME / "runs.jsonl"
 RATES = (*report.OURS, *report.PEERS)
 ONCE = ("latency", "recovery", "swap", "start", "scaling", "stages", "trainer", "cores")
@@ -189,9 +191,11 @@ def result_of(arguments: argparse.Namespace, cache: Cache, about: dict[str, Any]
         if runs:
             brokers[broker] = report.summary(runs)
     figures = brokers.get(arguments.broker) or report.summary([])
+    gpu = json.loads(GPU.read_text()) if GPU.exists() else None
     return {
         **figures,
-        "bars": report.bars(figures),
+        "gpu": gpu,
+        "bars": report.bars(figures, gpu),
         "broker": arguments.broker,
         "brokers": brokers,
         "student": about,

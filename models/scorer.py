@@ -8,7 +8,8 @@
       5. heads     one matrix product: logits and gates         (device)
       6. finish    calibration, masks, categories, shift
 
-On the CPU steps 3 to 6, less the categories, are those of models/serve.py.
+On the CPU steps 3 to 6, less the categories, are those of models/serve.py; on a card 3 and 5 are those of
+models/device.py.
 
 Whoever must do something in between calls `prepare`, `fold_with_views` and `score`.
 
@@ -31,6 +32,7 @@ from numba import njit
 
 from models.categories import CategoryTable, take_view, view_dtype
 from models.config import FoldConfig
+from models.device import BUCKETS, DeviceStudent
 from models.events import platform_code
 from models.fold import DUPLICATE, FOLDED, N_FEATURES, _fold_one, fold, fold_params, starts_afresh
 from models.rebuild import Refolded, refold
@@ -41,7 +43,7 @@ from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_sca
 __all__ = ["CategoryTable", "Model", "Scorer", "Scores", "fold_with_views", "identity_calibration", "platform_lookup"]
 
 TOP_CATEGORIES = 5
-MOST_AT_ONCE = 8192
+MOST_AT_ONCE = BUCKETS[-1]
 _LEAST_AT_ONCE = 256
 """A device that cannot hold this many events is given up: the CPU is faster than fewer."""
 _REBUILD_USERS = 512
@@ -199,14 +201,17 @@ class Scorer:
         """Most events given to the device at once."""
         self._student = None
         if model.student is not None:
-            self._student = copy.deepcopy(model.student).eval().requires_grad_(False).to(self.device)
+            self._student = copy.deepcopy(model.student).eval().requires_grad_(False)
         self._params = fold_params(model.fold)
         self._platform_of_code = platform_lookup(model.config)
         self._can_have_P4 = model.config.can_have()
         self._recurrence_id = model.recurrence_id
         self._served: CpuStudent | None = None
+        self._on_device: DeviceStudent | None = None
         if self._student is not None and self.device.type == "cpu":
             self._serve_on_cpu()
+        elif self._student is not None:
+            self._serve_on_device()
 
     def run(self, rows: np.ndarray, slots: np.ndarray, events: np.ndarray) -> tuple[Scores, np.ndarray]:
         """The whole path: `fold`, then `score`. → (Scores, status (N,) uint8 of models/fold.py)."""
@@ -328,41 +333,41 @@ class Scorer:
                 start = at.stop
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
-    @torch.inference_mode()
     def _infer_on_device(self, rows, slots, events, features_NF, dt_s_N, status_N, fresh_N, platform_N):
         """`_infer` of some events; None where the device had too little memory, and then no row has changed."""
         try:
-            columns = self._columns(events, features_NF, dt_s_N, platform_N)
-            x_NF, e_NE, a_NH, b_NH = self._student.encode(columns)
-            a_NH, b_NH = a_NH.cpu().numpy(), b_NH.cpu().numpy()
+            a_NH, b_NH, h_NH = self._on_device.encode(events, features_NF, dt_s_N, platform_N)
         except torch.OutOfMemoryError:
             self._take_less()
             return None
-        h_NH = np.empty(a_NH.shape, np.float32)
         _advance(rows, slots, status_N == FOLDED, fresh_N, a_NH, b_NH, h_NH)
-        h_NH = torch.from_numpy(h_NH)
-        try:
-            logits_N3, gates_NG = self._student.heads(h_NH.to(self.device), x_NF, e_NE, columns.platform_N)
-            logits_N3, gates_NG = logits_N3.cpu().numpy(), gates_NG.cpu().numpy()
-        except torch.OutOfMemoryError:
-            # The rows have these events already: they cannot be tried again, so the CPU finishes them.
-            self._take_less()
-            student, columns = copy.deepcopy(self.model.student).eval().to("cpu"), columns.to("cpu")
-            x_NF, e_NE, _, _ = student.encode(columns)
-            logits_N3, gates_NG = (out.numpy() for out in student.heads(h_NH, x_NF, e_NE, columns.platform_N))
+        logits_N3, gates_NG = self._on_device.heads(len(events))
         wanted_N = self._can_have_P4[platform_N, N_LOGITS] & (status_N != DUPLICATE)
         return self._probabilities(logits_N3, platform_N, status_N), gates_NG, wanted_N
 
     def _take_less(self) -> None:
         self.out_of_memory += 1
         self.at_once //= 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         if self.at_once < _LEAST_AT_ONCE:
             self._serve_on_cpu()
+        elif self._on_device is not None:
+            self._on_device.forget(above=self.at_once)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _serve_on_device(self) -> None:
+        """Asks for all memory that a batch will need, so that none waits or fails for it."""
+        while self._served is None:
+            try:
+                self._on_device = self._on_device or DeviceStudent(self._student.to(self.device), self.device)
+                self._on_device.make(self.at_once)
+                return
+            except torch.OutOfMemoryError:
+                self._take_less()
 
     def _serve_on_cpu(self) -> None:
         """From now on; also where the device was the CPU from the first."""
+        self._on_device = None
         self.device = torch.device("cpu")
         self._student = self._student.to(self.device)
         self._served = CpuStudent(self._student, self.model.calibration_P32, self._can_have_P4)

@@ -344,4 +344,5 @@ def by_platform(z_NK: Tensor, platform_N: Tensor, weight_POK: Tensor, bias_PO: T
 
 def _bucket(hash_N: Tensor, buckets: int) -> Tensor:
     """Bucket 0 is kept for `none`."""
-    return torch.where(hash_N == 0, 0, 1 + hash_N % (buckets - 1))
+    # Not `torch.where`: it would copy its 0 to the card, which no CUDA graph may.
+    return (1 + hash_N % (buckets - 1)).masked_fill(hash_N == 0, 0)

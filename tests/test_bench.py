@@ -144,6 +144,26 @@ def test_the_page_shows_every_figure_that_there_is(tmp_path):
     assert all(bar.title in page for bar in report.BARS.values())
 
 
+def test_the_page_has_the_card_where_one_was_measured():
+    spread = {"median": 500.0, "p5": 490.0, "p95": 600.0}
+    batch = {"on_card_us": spread, "on_card_events_per_s": 4_096_000, "with_transfers_us": spread, "bandwidth_share": 0.25}
+    batches = [{"size": size, "batch": 8192, "events_per_s": rate, **batch} for size, rate in (("cpu", 12e6), ("gpu", 1))]
+    gpu = {"card": "a card", "torch": "2.0", "bandwidth_gb_s": 3000, "repeats": 200, "batches": batches}
+    bars = report.bars({}, gpu)
+    assert (bars["gpu_student"]["value"], bars["gpu_student"]["met"]) == (12e6, "must")
+    assert report.bars({})["gpu_student"]["met"] is None
+    whole = {
+        "machine": {"cpu": "one", "cores": 2, "memory_gib": 24, "python": "3.11"},
+        "student": {"flops_per_event": 61828},
+        "brokers": {},
+        "bars": bars,
+        "gpu": gpu,
+    }
+    page = report.page(whole)
+    assert "| cpu | 8,192 | 500.0 (490.0 … 600.0) | 4,096,000 | 25.0% | 500.0 (490.0 … 600.0) | 12,000,000" in page
+    assert "one a card, 3,000 GB/s" in page and "not measured, no CUDA" not in page
+
+
 def test_plots_are_drawn_of_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "FOLDER", tmp_path)
     drawn = speed_plots.draw({"brokers": {"kafka": report.summary(runs())}})

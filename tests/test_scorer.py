@@ -22,6 +22,7 @@ from models.categories import (
     views_of,
 )
 from models.config import FoldConfig
+from models.device import DeviceStudent
 from models.events import EVENT, hash32, platform_code
 from models.fold import DUPLICATE, FOLDED, N_FEATURES, REPLAYED, TOO_LATE, fold, fold_params
 from models.scorer import Model, Scorer, Scores, fold_with_views, platform_lookup
@@ -584,7 +585,7 @@ def test_names_come_with_their_hashes(table):
 def device_scorer(model: Model) -> Scorer:
     """A scorer that goes the way of another device, which here is the CPU too."""
     scorer = Scorer(model, "cpu")
-    scorer._served = None
+    scorer._served, scorer._on_device = None, DeviceStudent(scorer._student, scorer.device)
     return scorer
 
 
@@ -602,7 +603,7 @@ def test_the_way_of_another_device_says_the_same(size):
     assert scorer.out_of_memory == 0
 
 
-@pytest.mark.parametrize("step", ["encode", "heads"])
+@pytest.mark.parametrize("step", ["encode", "before_heads"])
 @pytest.mark.parametrize("holds", [0, 300, 1000])
 def test_too_little_memory_on_the_device_costs_no_event(model, monkeypatch, step, holds):
     """Half as many at once, in the end the CPU; every event moves h once."""
@@ -621,11 +622,7 @@ def test_too_little_memory_on_the_device_costs_no_event(model, monkeypatch, step
     scorer.at_once = 1024
     assert_same_scores(scorer.run(rows, slots, events)[0], expected)
     np.testing.assert_allclose(rows["h"], expected_rows["h"], rtol=0, atol=1e-5)
-    # What the device encoded before its heads failed is finished by the CPU: 1,500 events are two parts then, not three.
-    if (step, holds) == ("encode", 0):
-        failed, at_once = 3, 128
-    else:
-        failed, at_once = (1, 512) if holds == 1000 else (2, 256)
+    failed, at_once = {0: (3, 128), 300: (2, 256), 1000: (1, 512)}[holds]
     assert (scorer.out_of_memory, scorer.at_once) == (failed, at_once)
     assert (scorer._served is not None) == (at_once == 128)
     again = empty_rows(USERS)
