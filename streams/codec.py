@@ -65,7 +65,7 @@ def decode_events(records: list) -> tuple[list[CanonicalEvent], list, list[tuple
         try:
             events.append(decode_event(record.key, record.value))
         except EventRefused as error:
-            refused.append((record, error))
+            refused.append((record, error.with_traceback(None)))
         else:
             good.append(record)
     return events, good, refused
@@ -196,7 +196,7 @@ def _decode_alone(
         try:
             events.append(decode_event(_bytes_at(keys, i), _bytes_at(values, i)))
         except EventRefused as error:
-            refused.append((i, error))
+            refused.append((i, error.with_traceback(None)))  # its frames would keep the fetch, until a cycle is looked for
         else:
             places.append(i)
     return events, places, refused

@@ -122,7 +122,8 @@ class IngestStage:
                     value, topic=tp.topic, partition=tp.partition, offset=offset, **clock
                 )
             except EventRefused as error:
-                refused.append((records[row], error))
+                # With its traceback it would keep this frame, the fetch in it, and itself.
+                refused.append((records[row], error.with_traceback(None)))
                 continue
             event.user = self._identities.resolve(self._pseudonymiser.of(canonicaliser.platform.name, event.user))
             json = encode_json(event)

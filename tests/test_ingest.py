@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,6 +177,21 @@ def test_a_batch_of_refused_records_only(tmp_path: Path) -> None:
     made.process([(SOURCE, [Record("t", 2, i, None, b"{", 0) for i in range(40)])])
     assert set(sent.records) == {("dead", 2)} and len(sent.records["dead", 2]) == 40
     assert sent.next_offset == {SOURCE: 40} and not made.latest_ts
+
+
+def test_a_batch_is_gone_once_it_is_sent_without_the_collector(tmp_path: Path) -> None:
+    """A refusal that is kept with its traceback keeps every frame, the batch in it, and itself."""
+    made, now_ms = stage(tmp_path, Identities(), Sent()), int(time.time() * 1000)
+    records = Fetched([Record("t", 2, i, b"k", v, now_ms) for i, v in enumerate(values(40, now_ms))])
+    fetched = weakref.ref(records.values.buffer)
+    gc.collect()
+    gc.disable()
+    try:
+        made.process([(SOURCE, records)])
+        del records
+        assert fetched() is None
+    finally:
+        gc.enable()
 
 
 def test_who_is_linked_is_put_in_place() -> None:

@@ -65,6 +65,7 @@ def check(records: list) -> Decoded:
     assert [(records[i], str(e), e.reason, e.detail) for i, e in decoded.refused] == [
         (r, str(e), e.reason, e.detail) for r, e in refused
     ]
+    assert not any(e.__traceback__ for _, e in [*decoded.refused, *refused]), "its frames would keep the whole fetch"
     return decoded
 
 
