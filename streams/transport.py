@@ -117,26 +117,31 @@ class _PartitionColumns:
 
     def __init__(self, plain: PartitionRecords, data: bytes) -> None:
         self.next_fetch_offset = plain.next_fetch_offset
-        self._unpacked = self._unpack(plain, data)
+        # It and its own iterator refer to each other until that has run out: a fetch's bytes would stay until somebody
+        # looked for cycles, which the worker seldom does.
+        plain._records_iterator.close()
+        self._fetched: tuple[PartitionRecords, bytes] | None = (plain, data)
 
     def __iter__(self) -> Iterator[Records]:
-        return self._unpacked
+        return self
 
     def __next__(self) -> Records:
-        return next(self._unpacked)
-
-    def _unpack(self, plain: PartitionRecords, data: bytes) -> Iterator[Records]:
+        if self._fetched is None:
+            raise StopIteration
+        (plain, data), self._fetched = self._fetched, None
         tp, parsed = plain._tp, None
         if plain._isolation_level != READ_COMMITTED:
             parsed = parse(data, tp.topic, tp.partition, self.next_fetch_offset, check_crcs=plain._check_crcs)
         if parsed is not None:
             records, self.next_fetch_offset = parsed
         else:  # an old format, or aborted transactions to leave out
+            plain._records_iterator = plain._unpack_records()
             listed = list(plain)
             self.next_fetch_offset = plain.next_fetch_offset
             records = Records.of(listed) if listed else listed
-        if records:
-            yield records
+        if not records:
+            raise StopIteration
+        return records
 
 
 def fetch_columns(consumer: AIOKafkaConsumer) -> None:

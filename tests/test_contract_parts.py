@@ -121,6 +121,7 @@ def test_partition_records_say_what_they_were_fetched_for():
     source = inspect.getsource(fetcher.PartitionRecords.__init__)
     for name in ("_tp", "_check_crcs", "_isolation_level", "next_fetch_offset"):
         assert f"self.{name} =" in source
+    assert "self._records_iterator = self._unpack_records()" in source
     assert fetcher.READ_COMMITTED == 1
 
 

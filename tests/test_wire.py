@@ -1,11 +1,13 @@
 """Record batches as columns: what we write, aiokafka reads, and what we read is what aiokafka reads, on any bytes."""
 
 import asyncio
+import gc
 import os
 import platform
 import struct
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from random import Random
 
@@ -244,6 +246,7 @@ def test_a_flipped_bit_is_found_by_the_checksum(codec):
 
 HOSTILE = """
 import sys
+import weakref
 import numpy as np
 sys.path.insert(0, {tests!r})
 from aiokafka.errors import KafkaError
@@ -366,6 +369,24 @@ def through_the_fetcher(data: bytes, fetch_offset: int, isolation_level: int = 0
     plain = PartitionRecords(TP, MemoryRecords(data), aborted, fetch_offset, None, None, True, isolation_level)
     unpacked = _PartitionColumns(plain, data)
     return list(unpacked), unpacked.next_fetch_offset
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_fetch_is_gone_without_the_collector(taken):
+    """Read, or thrown away by a rebalance: 5 MiB each, many a second."""
+    data = bytes(some_batch())
+    plain = PartitionRecords(TP, MemoryRecords(data), None, 0, None, None, True, 0)
+    fetched, refs = weakref.ref(plain), sys.getrefcount(data)
+    gc.disable()
+    try:
+        unpacked = _PartitionColumns(plain, data)
+        del plain
+        assert not taken or len(next(unpacked)) == 5
+        del unpacked
+        assert fetched() is None
+        assert sys.getrefcount(data) == refs - 1
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("magic", [0, 1])
