@@ -1,6 +1,6 @@
 """How fast one worker process is, beside peers doing the same job, and what else of it is measured in time or bytes.
 
-    make bench ARGS="--json benchmarks/throughput.json --report"       everything on the embedded broker, about 40 min
+    make bench ARGS="--json benchmarks/throughput.json --report"       everything on the embedded broker, about 55 min
     make bench ARGS="--broker kafka"                                   … on Apache Kafka
     make bench ARGS="--quick"                                          rates and peers, short; says which ratios moved
     make bench ARGS="--what latency swap --seconds 10"                 some modes
