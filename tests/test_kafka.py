@@ -2,10 +2,13 @@
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import time
+import uuid
 
+import local_kafka
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
@@ -35,6 +38,20 @@ def test_embedded_broker_starts_twice_and_stops_by_pid():
         assert not _alive(pid)
     with pytest.raises(ConfigError, match="start"):
         _ = broker.bootstrap
+
+
+def test_apache_kafka_is_formatted_with_any_cluster_id(broker, monkeypatch):
+    """One in 64 begins with a hyphen."""
+    if broker.name != "kafka":
+        pytest.skip("Apache Kafka alone has its storage formatted: --broker=kafka")
+    monkeypatch.setattr(local_kafka.uuid, "uuid4", lambda: uuid.UUID(bytes=b"\xf8" + bytes(15)))
+    other = local_kafka.ApacheKafka()
+    try:
+        properties = other._format(local_kafka._java(), local_kafka.fetch_jars(other._home))
+        (meta,) = properties.parent.rglob("meta.properties")
+        assert "cluster.id=-AAAAAAAAAAAAAAAAAAAAA" in meta.read_text()
+    finally:
+        shutil.rmtree(other._folder)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")

@@ -135,7 +135,9 @@ class ApacheKafka:
         properties.write_text(text, encoding="utf-8")
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
         command = [*_jvm(java, classpath, "128m"), "kafka.tools.StorageTool", "format"]
-        done = subprocess.run([*command, "-t", cluster_id, "-c", str(properties)], capture_output=True, text=True)
+        # One id in 64 begins with a hyphen: as an argument of its own it would be taken for another option.
+        given = [f"--cluster-id={cluster_id}", "-c", str(properties)]
+        done = subprocess.run([*command, *given], capture_output=True, text=True)
         if done.returncode:
             raise ConfigError(f"kafka.tools.StorageTool could not format {self._folder}:\n{done.stdout}{done.stderr}")
         return properties
