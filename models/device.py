@@ -15,6 +15,7 @@ length P + 1; index 0: unknown). Knows no fold, no category, no calibration.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.nn import functional
 
 from models.student import N_LOGITS, Columns, Student
 
+log = logging.getLogger(__name__)
 BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Powers of two: who halves what a card holds comes to the next one."""
 _ALIGN = 256
@@ -146,10 +148,21 @@ def _packed(
 
 
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`step`, run a few times; on CUDA what replays it as one graph."""
-    if device.type != "cuda":
-        step()
-        return step
+    """`step`, run at least once; on CUDA what replays it as one graph. Where that cannot be had (a driver that refuses it,
+    say) it is `step` itself, launch by launch, and the log says why. Raises `torch.OutOfMemoryError`."""
+    if device.type == "cuda":
+        try:
+            return _graph(step, device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("%s takes no CUDA graph of the student; it is slower launch by launch: %s", device, error)
+    step()
+    return step
+
+
+def _graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What replays `step`, which is run for it, as one graph."""
     # Not `torch.cuda.graph`: it collects garbage first, in a worker that scores meanwhile.
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))

@@ -97,6 +97,9 @@ class ModelFeed:
         """On its device and warm: every kernel compiled and every first allocation made."""
         worker = self._settings.worker
         scorer = Scorer(model, worker.device, memory_fraction=worker.device_memory)
+        if scorer.out_of_memory:
+            self._metrics.device_out_of_memory.inc(scorer.out_of_memory)
+            log.warning("model.out_of_memory", device=str(scorer.device), events_at_once=scorer.at_once)
         rows = empty_rows(_WARM_EVENTS, self._settings.worker.size)
         events = np.zeros(_WARM_EVENTS, EVENT)
         events["id"], events["category"] = np.arange(_WARM_EVENTS), 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_model, make_stream
 
+from models import device
 from models.device import BUCKETS, DeviceStudent
 from models.events import EVENT
 from models.fold import N_FEATURES
@@ -30,9 +33,9 @@ def make_batch(n: int, seed: int):
     return events, features_NF, rng.exponential(1000.0, n).astype(np.float32), rng.integers(0, 4, n)
 
 
-def make_served(device: str, size: str = "cpu") -> DeviceStudent:
+def make_served(where: str, size: str = "cpu") -> DeviceStudent:
     student = make_model(size).student
-    return DeviceStudent(student.eval().requires_grad_(False).to(device), torch.device(device))
+    return DeviceStudent(student.eval().requires_grad_(False).to(where), torch.device(where))
 
 
 @torch.inference_mode()
@@ -50,29 +53,27 @@ def check(served: DeviceStudent, n: int, seed: int) -> None:
         np.testing.assert_allclose(ours, theirs.cpu().numpy(), rtol=1e-4, atol=ATOL[served.device.type])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
 @given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=5), seed=st.integers(0, 10**6))
 @settings(max_examples=15, deadline=None)
-def test_batches_of_any_size_say_what_the_student_says(device, size, sizes, seed):
+def test_batches_of_any_size_say_what_the_student_says(where, size, sizes, seed):
     """Whatever batches have been in the same buffers before."""
-    served = made(device, size)
+    served = made(where, size)
     for nth, n in enumerate(sizes):
         check(served, n, seed + nth)
 
 
-_MADE: dict[tuple[str, str], DeviceStudent] = {}
+@cache
+def made(where: str, size: str) -> DeviceStudent:
+    """One for all tests: making its buckets takes longer than using them."""
+    return make_served(where, size)
 
 
-def made(device: str, size: str) -> DeviceStudent:
-    """One for all examples: making one takes longer than using it."""
-    return _MADE.setdefault((device, size), make_served(device, size))
-
-
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("n", [1, 64, 65, 4096, 8192])
-def test_a_batch_at_a_bucket_s_edge(device, n):
-    check(made(device, "cpu"), n, seed=n)
+def test_a_batch_at_a_bucket_s_edge(where, n):
+    check(made(where, "cpu"), n, seed=n)
 
 
 def test_what_an_earlier_call_gave_stays_its_own():
@@ -104,6 +105,27 @@ def test_buckets_are_made_ahead_and_given_back(monkeypatch):
     assert not steps
     check(served, 500, 6)
     assert len(steps) == 2
+
+
+def test_without_graphs_the_steps_run_one_by_one_and_the_log_says_why(monkeypatch, caplog):
+    def refuse(step, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(device, "_graph", refuse)
+    ran = []
+    step = device.captured(lambda: ran.append(1), torch.device("cuda"))
+    step()
+    assert len(ran) == 2
+    assert "cuda takes no CUDA graph" in caplog.text and "not permitted" in caplog.text
+
+
+def test_too_little_memory_for_a_graph_is_no_reason_to_go_without(monkeypatch):
+    def full(step, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(device, "_graph", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        device.captured(lambda: None, torch.device("cuda"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

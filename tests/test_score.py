@@ -145,3 +145,19 @@ def test_a_gap_between_the_parts_of_a_partition_stops_the_worker():
     (tp, first), (_, second) = fetched_of(0, 30, seed=1)
     with pytest.raises(CrosscurrentError, match="offset 11 came where 10 was due"):
         outcome([[(tp, first), (tp, second[1:])]])
+
+
+def test_a_card_that_was_too_full_for_a_model_is_counted(monkeypatch):
+    """Found out while the model loads, so no batch tells."""
+
+    class Tight(Scorer):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            self.out_of_memory, self.at_once = 2, 2048
+
+    metrics = Metrics()
+    feed = ModelFeed(Settings(), metrics)
+    assert metrics.device_out_of_memory._value.get() == 0
+    monkeypatch.setattr("streams.model_feed.Scorer", Tight)
+    assert feed._scorer(make_model()).at_once == 2048
+    assert metrics.device_out_of_memory._value.get() == 2
