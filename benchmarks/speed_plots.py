@@ -47,8 +47,11 @@ def _latency(latency: Mapping[str, Mapping[str, Any]]) -> Path:
             axes.plot([int(r) for r in rates], values, style, marker="o", ms=3, color=colour, label=f"{key[:-3]} {p}")
     axes.set(xscale="log", yscale="log", xlabel="events a second", ylabel="ms from the event")
     axes.set_xticks([int(r) for r in rates], [f"{int(r):,}" for r in rates], minor=False)
+    low, high = axes.get_ylim()
+    ticks = [ms for ms in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= ms <= high]
+    axes.set_yticks(ticks, [f"{ms:,}" for ms in ticks], minor=False)
     axes.minorticks_off()
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=2, handlelength=3.5)
     return save(figure, "speed-latency")
 
 
