@@ -1,4 +1,4 @@
-"""The student on a card, as serving runs it: a batch is one copy there, one graph, one copy back, and that twice.
+"""The student on a card, as serving runs it: a batch is two CUDA graphs, with what it brings there and back in them.
 
     encode    columns → the card; a, b → the host            (one CUDA graph)
     advance   h ← a ⊙ h + b in the rows, on the host, where the rows lie
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.student import N_LOGITS, Columns, Student
+from models.student import N_LOGITS, Columns, Student, heads_of_platforms
 
 log = logging.getLogger(__name__)
 BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -39,10 +39,7 @@ class DeviceStudent:
 
     def __init__(self, student: Student, device: torch.device) -> None:
         self.student, self.device = student, device
-        weight_POK = student.head_weight_POK.detach().clone()
-        bias_PO = student.head_bias_PO.detach().clone()
-        weight_POK[1:] += weight_POK[:1]
-        bias_PO[1:] += bias_PO[:1]
+        weight_POK, bias_PO = heads_of_platforms(student)
         # One product for all platforms, of which each event keeps its own: no shape depends on who is in the batch.
         self._weight_QK, self._bias_Q = weight_POK.flatten(0, 1), bias_PO.flatten()
         self._buckets: dict[int, _Bucket] = {}
@@ -108,17 +105,17 @@ class _Bucket:
     @torch.inference_mode()
     def __init__(self, of: DeviceStudent, size: int) -> None:
         config = of.student.config
-        rows, outputs = (size, config.hidden), of.student.head_bias_PO.shape[1]
+        on_card, outputs = of.device.type == "cuda", of.student.head_bias_PO.shape[1]
         shapes = [((size, config.n_features), torch.float32), *[((size,), torch.int64)] * 3, ((size,), torch.float32)]
         self._of = of
-        self._host, host_columns = _packed(shapes, torch.device("cpu"), pinned=of.device.type == "cuda")
-        self._there, self._columns = _packed(shapes, of.device)
-        self._columns = Columns(*self._columns)
-        pinned = [(rows, torch.float32)] * 3 + [((size, outputs), torch.float32)]
-        _, self._results = _packed(pinned, torch.device("cpu"), pinned=of.device.type == "cuda")
+        self._host, host_columns = _packed(shapes, torch.device("cpu"), pinned=on_card)
+        self._there, columns = _packed(shapes, of.device)
+        self._columns = Columns(*columns)
+        widths = (config.hidden, config.hidden, config.hidden, outputs)
+        self._a, self._b, self._h, self._out = (torch.zeros(size, width, pin_memory=on_card) for width in widths)
         self._nth_B = torch.arange(size, device=of.device)
         self.columns = Columns(*(column.numpy() for column in host_columns))  # to be written, hence arrays
-        self.a_BH, self.b_BH, self.h_BH, self.out_BO = (result.numpy() for result in self._results)
+        self.a_BH, self.b_BH, self.h_BH, self.out_BO = (tensor.numpy() for tensor in (self._a, self._b, self._h, self._out))
         self.run_encode = captured(self._encode, of.device)
         self.run_heads = captured(self._heads, of.device)
 
@@ -126,14 +123,14 @@ class _Bucket:
         self._there.copy_(self._host, non_blocking=True)
         # Kept, so that no other graph is given this memory: `heads` reads it.
         self._encoded = self._of.student.encode(self._columns)
-        self._results[0].copy_(self._encoded.a_NH, non_blocking=True)
-        self._results[1].copy_(self._encoded.b_NH, non_blocking=True)
+        self._a.copy_(self._encoded.a_NH, non_blocking=True)
+        self._b.copy_(self._encoded.b_NH, non_blocking=True)
 
     def _heads(self) -> None:
-        h_BH = self._results[2].to(self._of.device, non_blocking=True)
+        h_BH = self._h.to(self._of.device, non_blocking=True)
         z_BK = self._of.student.before_heads(h_BH, self._encoded.x_NF, self._encoded.e_NE)
         out_BO = self._of.outputs(z_BK, self._columns.platform_N, self._nth_B)
-        self._results[3].copy_(out_BO, non_blocking=True)
+        self._out.copy_(out_BO, non_blocking=True)
 
 
 def _packed(

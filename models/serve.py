@@ -22,7 +22,7 @@ import torch
 from numba import njit
 
 from models.fold import DUPLICATE, FOLDED
-from models.student import CLIP, N_GATES, N_LOGITS, Student
+from models.student import CLIP, N_GATES, N_LOGITS, Student, heads_of_platforms
 
 TILE = 512
 """Events at once. Measured: fewer pay for the calls, more leave the cache."""
@@ -59,9 +59,7 @@ class CpuStudent:
         self._recur_bias = state["recur.bias"].copy()
         self._rate_H = np.exp(-state["log_tau_H"]) * student.decays_H.numpy()
         self._trunk_bias = state["trunk.bias"].copy()
-        weight_POK, bias_PO = state["head_weight_POK"].copy(), state["head_bias_PO"].copy()
-        weight_POK[1:] += weight_POK[0]
-        bias_PO[1:] += bias_PO[0]
+        weight_POK, bias_PO = (tensor.float().numpy() for tensor in heads_of_platforms(student))
         n_outputs = weight_POK.shape[1]
         self._head_POK = np.zeros((len(weight_POK), n_outputs + -n_outputs % _DOTS, self._at_item), _f)
         self._head_POK[:, :n_outputs, : head + features] = weight_POK

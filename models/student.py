@@ -323,6 +323,15 @@ class Student(nn.Module):
         return [parameter for name, parameter in self.named_parameters() if name not in self.RECURRENCE]
 
 
+@torch.no_grad()
+def heads_of_platforms(student: Student) -> tuple[Tensor, Tensor]:
+    """→ (P + 1, O, K), (P + 1, O): each platform's own weights and biases, the shared ones added; copies."""
+    weight_POK, bias_PO = student.head_weight_POK.clone(), student.head_bias_PO.clone()
+    weight_POK[1:] += weight_POK[:1]
+    bias_PO[1:] += bias_PO[:1]
+    return weight_POK, bias_PO
+
+
 def by_platform(z_NK: Tensor, platform_N: Tensor, weight_POK: Tensor, bias_PO: Tensor) -> Tensor:
     """(N, O): each event by its platform's weights, which are the shared ones (row 0) plus its own row."""
     # Sorted by platform, a product for each that occurs: the work does not grow with the platforms known.
