@@ -35,7 +35,7 @@ from models.events import PSEUDONYM_LENGTH
 from models.state import NULL, OK, OTHER, SIZES, decode_row, decode_rows, empty_rows, encode_rows, row_dtype
 from streams.cold import ColdRows, words_of
 from streams.index import ODD, Index, find, find_or_add, remove
-from streams.wire import Spans, read_only
+from streams.wire import Spans
 
 log = structlog.get_logger("crosscurrent.state")
 
@@ -142,7 +142,7 @@ class Arena:
     def slots(self, partition: int, keys: Sequence[bytes] | Spans) -> np.ndarray:
         """Slots (n,) int64 of `keys`, good until the next call; users never seen get an empty row. Raises ValueError for a
         null key; what `ColdRows.put` and `take` raise, where rows are kept on disk."""
-        spans = keys._replace(buffer=read_only(keys.buffer)) if isinstance(keys, Spans) else Spans.of(keys)
+        spans = keys.read_only() if isinstance(keys, Spans) else Spans.of(keys)
         n = len(spans.at)
         if self.cold is not None:
             self._move_idle_out(n)
@@ -345,7 +345,7 @@ def warm() -> None:
         arena, keys = Arena(size), [b"0" * PSEUDONYM_LENGTH]
         arena.mark_dirty(arena.slots(0, keys))
         (changed,) = arena.take_dirty().values()
-        rows, _ = decode_rows(*changed.values._replace(buffer=read_only(changed.values.buffer)), size)
+        rows, _ = decode_rows(*changed.values.read_only(), size)
         arena.restore(0, changed.keys, rows)
         arena.forget(0, keys[0])
         arena.slots(0, [b"%024d" % i for i in range(1000)])
@@ -489,7 +489,7 @@ class ArenaStore(base.Store):
 
     def _restore(self, tp: TP, keys: Spans, values: Spans, offsets: Sequence[int]) -> None:
         """Records of one partition in their order: stretches of rows at once, and the tombstones between them."""
-        rows, status = decode_rows(*values._replace(buffer=read_only(values.buffer)), self.arena.size)
+        rows, status = decode_rows(*values.read_only(), self.arena.size)
         status[keys.length < 0] = OTHER
         for i in np.flatnonzero(status == OTHER).tolist():
             if not self._take_other(tp, keys, values, offsets, i, rows, status):

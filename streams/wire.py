@@ -77,6 +77,10 @@ class Spans(NamedTuple):
         buffer = np.frombuffer(b"".join([item or b"" for item in items]), np.uint8)
         return cls(buffer, np.cumsum(np.maximum(length, 0), dtype=np.int64) - np.maximum(length, 0), length)
 
+    def read_only(self) -> Spans:
+        """The same strings, in the one kind of buffer that kernels are compiled for (`read_only` below)."""
+        return self._replace(buffer=read_only(self.buffer))
+
     @property
     def n(self) -> int:
         return len(self.at)
