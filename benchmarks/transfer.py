@@ -53,7 +53,7 @@ from trainer.transfer import (
 TARGETS = ("retailrocket", "taobao")
 FRACTIONS = (0.01, 0.05, 0.10, 1.0)
 LEAST_USERS = 50
-LIGHT = ("scratch", "finetune_head", "renormalise")
+LIGHT = ("scratch", "finetune_head", "loose_head", "renormalise")
 """Rungs of every draw, and what `auto` chooses among here."""
 DRAWS, DRAWS_OTHERS = 20, 2
 """Draws of users; of the rungs that are not in LIGHT, which cost ten times as much."""
@@ -539,7 +539,7 @@ def text(by: dict, figures: dict) -> str:
         f"rungs other than {', '.join(LIGHT)}. *pooled* and *adversarial* see {REST_USERS} users of the other platforms, "
         "drawn anew each time (pooled over all users of all platforms: the student of the main table). "
         "The source is one network for all draws, of the other three platforms, with one shared head. All learn from the "
-        "target's standardisation by the drawn users' own events; *renormalise* and *finetune_head*, which stands on it, "
+        "target's standardisation by the drawn users' own events; *renormalise* and the two new heads, which stand on it, "
         "see unlabelled events of the target's other users too (before its validation). *auto* takes the greatest AUC in "
         "sum over the heads, on validation and, as far as so few users leave it open, by what the rung gained over scratch "
         "on the other platforms in the target's place, with as many users and labels; unless a head is significantly worse "
@@ -642,6 +642,7 @@ def _learned(draws: list[Draw]) -> str:
 SHOWN = {
     "scratch": ("tab:gray", "-"),
     "finetune_head": ("tab:orange", "-"),
+    "loose_head": ("gold", "-"),
     "finetune": ("tab:red", "-"),
     "interpolate": ("tab:pink", "-"),
     "adapter": ("tab:purple", "-"),

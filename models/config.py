@@ -18,8 +18,8 @@ GATE_RULES = (
 """Of trainer/gate.py, which says what each is."""
 
 TRANSFER_RUNGS = (
-    "scratch", "pooled", "finetune_head", "finetune", "interpolate", "adapter", "lora", "adversarial", "distil_source",
-    "renormalise",
+    "scratch", "pooled", "finetune_head", "loose_head", "finetune", "interpolate", "adapter", "lora", "adversarial",
+    "distil_source", "renormalise",
 )  # fmt: skip
 """Of trainer/transfer.py, which says what each is."""
 
@@ -175,9 +175,13 @@ class TrainerConfig(_Section):
     """Size of a causal transformer beside boosting and regression; None: none. It takes far longer than they do."""
     teacher_texts: bool = False
     """Whether that transformer reads the words of each item's category, by a small language model (extra `teacher`)."""
-    distil_epochs: Annotated[int, Field(ge=1)] = 12
+    distil_epochs: Annotated[int, Field(ge=1)] = 4
     """Of a major version that distils; a minor one takes `epochs`."""
+    distil_batch_events: Annotated[int, Field(ge=64)] = 512
     distil_rate: Positive = 3e-3
+    distil_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    distil_cut: Annotated[float, Field(ge=0, le=1)] = 1 / 64
+    """Chance, at each event, that the student's state starts from zero there: it may have to be rebuilt from the ring."""
     distil_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Share of what the teacher says in the loss; the rest are labels."""
     transfer: Literal[("auto", *TRANSFER_RUNGS)] = "pooled"

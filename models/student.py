@@ -7,6 +7,9 @@
     h ← a ⊙ h + (1 − g) ⊙ c               the only step that is sequential
     f = silu(W_f [h, e]);  logits, gates = W_p [f, x]       heads of the event's platform, linear in x
 
+The gates are trained on x alone, their weights on f are 0 (`gates_from_features`): they hear labels only, of which there are
+few, and on f they learn those by heart.
+
 Shapes: N events, F features, H hidden units, E width of the embedding, P platforms (axis of length P + 1: index 0 is
 the shared row, used for platforms that the model does not know).
 
@@ -252,7 +255,7 @@ class Student(nn.Module):
         # Gate biases from short to long memory, spread so that each half of the units has all of them.
         order = torch.argsort((torch.arange(hidden) * 0.6180339887) % 1.0)
         self.recur.bias[:hidden] = torch.linspace(0.5, 5.5, hidden)[order]
-        nn.init.normal_(self.head_weight_POK[0, :, : self.config.head_width], std=0.02)
+        nn.init.normal_(self.head_weight_POK[0, :N_LOGITS, : self.config.head_width], std=0.02)
 
     @torch.no_grad()
     def fit_normalisation(self, features_NF: np.ndarray, platform_N: np.ndarray, least: int = 256) -> None:
@@ -307,6 +310,11 @@ class Student(nn.Module):
         return self.heads(h_NH, x_NF, e_NE, columns.platform_N)
 
     forward = forward_sequences
+
+    @torch.no_grad()
+    def gates_from_features(self) -> None:
+        """The gates' weights on f become 0, as training leaves them; those of an artifact trained before may not be."""
+        self.head_weight_POK[:, N_LOGITS:, : self.config.head_width] = 0.0
 
     def recurrence_id(self) -> int:
         """u4 ≠ 0 that names the tensors which decide `h` (sha256 of their names, shapes and bytes)."""

@@ -1,5 +1,6 @@
 """Training: the serving fold replayed, no look ahead, and a student that learns, keeps its recurrence and is calibrated."""
 
+import copy
 import dataclasses
 
 import msgspec
@@ -14,7 +15,7 @@ from models.events import HEADS
 from models.fold import FOLDED, N_FEATURES, fold, fold_params
 from models.scorer import Model, Scorer, identity_calibration
 from models.state import empty_rows
-from models.student import StudentConfig
+from models.student import N_LOGITS, Student, StudentConfig
 from trainer import evaluate as judge
 from trainer.evaluate import LEAST_CELL, compare, evaluate, predict
 from trainer.examples import before, gate_start, heads_of, make_examples, replay
@@ -338,6 +339,30 @@ def test_a_minor_model_keeps_the_recurrence_bit_for_bit(examples, config, histor
     assert all(old[name] == new[name] for name in student.RECURRENCE)
     assert all(old[name] != new[name] for name, _ in student.named_parameters() if name not in student.RECURRENCE)
     assert tensors(major.model) == old  # the incumbent itself is left alone
+
+
+def test_the_gates_hear_the_features_alone_and_the_body_hears_nothing_of_them(examples, config, history, major):
+    width = config.head_width
+    assert not major.model.student.head_weight_POK[:, N_LOGITS:, :width].any()
+    assert major.model.student.head_weight_POK[:, N_LOGITS:, width:].any()
+    unlabelled = dataclasses.replace(examples, learn_MT=np.zeros_like(examples.learn_MT))
+    trained = train(unlabelled, config, history.categories, FOLD, OPTIONS, prior_logits_3=PRIOR).model.student
+    torch.manual_seed(OPTIONS.seed)
+    fresh = Student(config, OPTIONS.dropout)
+    assert trained.head_weight_POK[:, N_LOGITS:].any()
+    assert torch.equal(trained.log_tau_H, fresh.log_tau_H) and torch.equal(trained.recur.bias, fresh.recur.bias)
+    nothing = dataclasses.replace(unlabelled, learn_next_M=np.zeros_like(examples.learn_next_M))
+    unmoved = train(nothing, config, history.categories, FOLD, OPTIONS, prior_logits_3=PRIOR).model.student
+    assert not unmoved.head_weight_POK[:, N_LOGITS:].any()
+
+
+def test_a_minor_of_a_model_whose_gates_heard_more_silences_that(examples, config, history, major):
+    older = copy.deepcopy(major.model)
+    with torch.no_grad():
+        older.student.head_weight_POK[:, N_LOGITS:, : config.head_width] = 0.1
+    minor = train(examples, config, history.categories, FOLD, OPTIONS, prior_logits_3=PRIOR, incumbent=older)
+    assert not minor.model.student.head_weight_POK[:, N_LOGITS:, : config.head_width].any()
+    assert older.student.head_weight_POK[:, N_LOGITS:, : config.head_width].all()
 
 
 def test_a_head_without_matured_labels_says_what_the_prior_says(examples, config, history):

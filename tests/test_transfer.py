@@ -31,6 +31,7 @@ BODY = {
 STANDARD = {"student.feature_mean_PF", "student.feature_std_PF"}
 CLAIMS = {
     "finetune_head": (set(), HEADS | STANDARD, "own"),
+    "loose_head": (set(), HEADS | STANDARD, "own"),
     "adapter": (set(), HEADS, "own"),
     "finetune": (BODY, HEADS | {"student.platform.weight"}, "own"),
     "interpolate": (BODY, HEADS | {"student.platform.weight"}, "own"),
@@ -110,12 +111,17 @@ def test_no_rung_touches_the_source(task, history, config):
         assert torch.equal(tensor, of(task.source)[name]), name
 
 
-@pytest.mark.parametrize("name", ["finetune_head", "adapter", "renormalise"])
+@pytest.mark.parametrize("name", ["finetune_head", "loose_head", "adapter", "renormalise"])
 def test_other_platforms_are_scored_as_before(task, networks, name):
     everything = np.arange(len(task.rest))
     assert logits(networks[name], task.rest, everything).tobytes() == logits(task.source, task.rest, everything).tobytes()
     own = np.arange(len(task.own))
     assert logits(networks[name], task.own, own).tobytes() != logits(task.source, task.own, own).tobytes()
+
+
+def test_a_loose_head_goes_further_from_the_shared_one(task, networks):
+    tight, loose = (networks[name].student.head_weight_POK[task.row].norm() for name in ("finetune_head", "loose_head"))
+    assert 0 < tight < loose
 
 
 def test_what_comes_out_is_an_ordinary_student(networks):

@@ -2,6 +2,7 @@
 
     loss = mean over tasks of [(1 − w) · cross-entropy with the label + w · cross-entropy with the teacher] + categories
 
+The gates of the categories learn from the features alone, so the body hears nothing of the next category.
 A label counts where it has matured; the teacher's word counts wherever it was asked, labels or not. It goes to the serving
 heads, or to auxiliary heads beside them that are dropped afterwards (`way`). The parameters' moving average is what is
 kept; with `patience` the one of the epoch that did best on the examples to check by.
@@ -27,8 +28,6 @@ from trainer.examples import Check, Examples, check_loss
 STEPS = 160
 """Batches are made smaller than `batch_events` where there would be fewer steps than this."""
 LEAST_BATCH = 512
-CUT = 1 / 16
-"""Chance, at each event, that `h` starts from zero there, so that a state rebuilt from the ring is as good as a live one."""
 STRANGER = 0.05
 """Share of users that an epoch shows as being on a platform that the model does not know."""
 CATEGORY_WEIGHT = 0.2
@@ -53,6 +52,8 @@ class Schedule(NamedTuple):
     """`serving` or `auxiliary`: the heads that hear the teacher."""
     dropout: float = 0.1
     """Of a student that is made anew."""
+    cut: float = 1 / 16
+    """Chance, at each event, that `h` starts from zero there: one rebuilt from the ring shall be as good as a live one."""
     seed: int = 0
 
 
@@ -84,8 +85,10 @@ class Network(nn.Module):
         """→ logits (N, T), gate logits (N, 7), logits that hear the teacher (N, T)."""
         x_NF, e_NE, a_NH, b_NH = self.student.encode(columns)
         z_NK = self.student.before_heads(linear_scan(a_NH, b_NH, starts_N), x_NF, e_NE)
-        served_NO = by_platform(z_NK, columns.platform_N, self.student.head_weight_POK, self.student.head_bias_PO)
-        logits_NT, gates_NG = served_NO[:, :N_LOGITS], served_NO[:, N_LOGITS:]
+        weight_POK, bias_PO = self.student.head_weight_POK, self.student.head_bias_PO
+        logits_NT = by_platform(z_NK, columns.platform_N, weight_POK[:, :N_LOGITS], bias_PO[:, :N_LOGITS])
+        on_x_PGF = weight_POK[:, N_LOGITS:, self.student.config.head_width :]
+        gates_NG = by_platform(x_NF, columns.platform_N, on_x_PGF, bias_PO[:, N_LOGITS:])
         if not self.more_bias_PX.shape[1]:
             return logits_NT, gates_NG, logits_NT
         more_NX = by_platform(z_NK, columns.platform_N, self.more_weight_PXK, self.more_bias_PX)
@@ -126,7 +129,7 @@ class _Batch(NamedTuple):
     stranger: np.ndarray
 
 
-def _epoch(examples: Examples, sequences: _Sequences, batch: int, rng: np.random.Generator) -> Iterator[_Batch]:
+def _epoch(examples: Examples, sequences: _Sequences, batch: int, cut: float, rng: np.random.Generator) -> Iterator[_Batch]:
     """All users in random order, one after another, cut into batches wherever that falls, and now and then elsewhere."""
     if not len(sequences.first_U):
         return
@@ -135,7 +138,7 @@ def _epoch(examples: Examples, sequences: _Sequences, batch: int, rng: np.random
     at_M = np.repeat(first_U - np.r_[0, np.cumsum(length_U)[:-1]], length_U) + np.arange(length_U.sum())
     begins_M = np.zeros(len(at_M), bool)
     begins_M[np.r_[0, np.cumsum(length_U)[:-1]]] = True
-    starts_M = begins_M | examples.starts_M[at_M] | (rng.random(len(at_M)) < CUT)
+    starts_M = begins_M | examples.starts_M[at_M] | (rng.random(len(at_M)) < cut)
     stranger_M = np.repeat(rng.random(len(order)) < STRANGER, length_U)
     for start in range(0, len(at_M), batch):
         part = slice(start, start + batch)
@@ -185,7 +188,7 @@ def fit(
     for epoch in range(1, schedule.epochs + 1):
         network.train()
         losses = []
-        for part in _epoch(examples, sequences, batch, rng):
+        for part in _epoch(examples, sequences, batch, schedule.cut, rng):
             check()
             loss = _loss(network, examples.columns, targets, weight_P, part, schedule)
             optimiser.zero_grad()

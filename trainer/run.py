@@ -311,12 +311,21 @@ class _Trainer:
 
     def _schedule(self, distils_anew: bool) -> Schedule:
         options = self.settings.trainer
-        return Schedule(
-            epochs=options.distil_epochs if distils_anew else options.epochs,
+        schedule = Schedule(
+            epochs=options.epochs,
             batch_events=options.batch_events,
-            rate=options.distil_rate if distils_anew else options.learning_rate,
+            rate=options.learning_rate,
             soft_weight=options.distil_weight,
             seed=options.seed,
+        )
+        if not distils_anew:
+            return schedule
+        return schedule._replace(
+            epochs=options.distil_epochs,
+            batch_events=options.distil_batch_events,
+            rate=options.distil_rate,
+            dropout=options.distil_dropout,
+            cut=options.distil_cut,
         )
 
     def _publish(

@@ -77,6 +77,7 @@ def train(
         student.fit_normalisation(examples.columns.features_NF.numpy()[seen_M], examples.platform_M[seen_M])
     else:
         student = copy.deepcopy(incumbent.student)
+        student.gates_from_features()
     network = Network(student, len(examples.tasks), auxiliary=soft_MT is not None and schedule.way == "auxiliary")
     start_at_base_rates(network, examples, anew=incumbent is None)
     if incumbent is None:
