@@ -301,6 +301,7 @@ def _figures(y, z, p, later, user, resamples: metrics.Resamples) -> dict:
         "refreshed_log_loss": float(later_losses.mean()),
         "refreshed_log_loss_draws": resamples.mean(later_losses),
         "refreshed_ece": metrics.ece(y, later),
+        "refreshed_ece_of_users": metrics.ece(y, later, user=user),
         "refreshed_predicted_over_actual": metrics.predicted_over_actual(y, later),
         **{f"{name}_at_0.5": value for name, value in at_half._asdict().items()},
     }

@@ -57,6 +57,7 @@ FIGURES = {
     "log_loss": "Log-loss, calibrated on validation",
     "refreshed_log_loss": "Log-loss, calibrated anew on matured labels in each of 20 parts of the test's time",
     "refreshed_ece": "Debiased ECE, calibrated anew",
+    "refreshed_ece_of_users": "The same, less what chance adds where a user's events err together",
     "refreshed_predicted_over_actual": "Predicted over actual, calibrated anew",
     "f1_at_0.5": "F1 at probability .5",
 }
@@ -126,8 +127,11 @@ def bars(cells: dict, config: StudentConfig) -> dict[str, dict]:
     teacher = difference(cells, "teacher", BASELINES)
     gained, reachable = difference(cells, "distilled", "student").value, difference(cells, "teacher", "student").value
     eta = gained / reachable if reachable >= 0.005 else float("nan")
-    once, refreshed = ([c["models"]["distilled"][f"{k}ece"] for c in cells.values()] for k in ("", "refreshed_"))
+    once, refreshed, of_users = (
+        [c["models"]["distilled"][key] for c in cells.values()] for key in ("ece", "refreshed_ece", "refreshed_ece_of_users")
+    )
     errors = {"mean over cells": float(np.mean(refreshed)), "worst cell": max(refreshed)}
+    errors |= {"of users, mean": float(np.mean(of_users)), "of users, worst": max(of_users)}
     errors |= {"calibrated once, mean": float(np.mean(once)), "calibrated once, worst": max(once)}
     flops = config.flops_per_event()
     losses = [difference({key: cell}, "distilled", BASELINES, "log_loss").value for key, cell in cells.items()]

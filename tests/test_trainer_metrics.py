@@ -73,6 +73,26 @@ def test_calibration_error_of_the_truth_is_about_zero_and_of_an_error_is_the_err
     assert metrics.predicted_over_actual(y, p) == pytest.approx(p.mean() / (p.mean() + 0.05), abs=0.01)
 
 
+def test_the_calibration_error_of_users_who_err_together_is_about_nothing_where_the_model_is_honest():
+    """Each of 300 users errs by a shift of his own, 20 events each: the mean is right, so only chance is left."""
+    rng = np.random.default_rng(5)
+    alone, together = [], []
+    for _ in range(40):
+        user = np.repeat(np.arange(300), 20)
+        p = np.repeat(rng.uniform(0.2, 0.8, 300), 20)
+        truth = np.clip(p + np.repeat(rng.choice([-0.2, 0.2], 300), 20), 0.0, 1.0)
+        y = (rng.random(len(user)) < truth).astype(np.float32)
+        alone.append(metrics.ece(y, p))
+        together.append(metrics.ece(y, p, user=user))
+    assert np.mean(np.array(together) == 0.0) > 0.3  # as often too low as too high
+    assert np.mean(np.array(alone) == 0.0) < 0.1 and np.mean(together) < 0.5 * np.mean(alone)
+    p = rng.uniform(0.2, 0.8, len(user))
+    wrong = (rng.random(len(user)) < p + 0.1).astype(np.float32)
+    assert metrics.ece(wrong, p, user=user) == pytest.approx(0.1, abs=0.025)
+    singles = np.arange(len(user))
+    assert metrics.ece(wrong, p, user=singles) == pytest.approx(metrics.ece(wrong, p), abs=0.001)
+
+
 def test_at_threshold():
     y, p = np.array([1, 1, 0, 0, 0]), np.array([0.9, 0.2, 0.6, 0.1, 0.5])
     assert metrics.at_threshold(y, p, 0.5) == (pytest.approx(0.4), pytest.approx(1 / 3), 0.5, pytest.approx(0.4))

@@ -128,9 +128,10 @@ def _mean(values: np.ndarray, w: np.ndarray | None) -> float:
     return float(values @ w) / total if total > 0 else float("nan")
 
 
-def ece(y: np.ndarray, p: np.ndarray, w: np.ndarray | None = None, bins: int = 15) -> float:
+def ece(y: np.ndarray, p: np.ndarray, w: np.ndarray | None = None, bins: int = 15, user: np.ndarray | None = None) -> float:
     """Debiased expected calibration error over `bins` bins of equal mass: the root of the mean squared difference of
-    predicted and actual, less what chance alone adds to the square. At least 0."""
+    predicted and actual, less what chance alone adds to the square. At least 0. `user`: whose events they are, where a
+    user's events may err together, which adds more (the variance over users in a bin; without `w`)."""
     w = np.ones(len(y)) if w is None else w.astype(np.float64)
     if w.sum() < bins:
         return float("nan")
@@ -143,7 +144,20 @@ def ece(y: np.ndarray, p: np.ndarray, w: np.ndarray | None = None, bins: int = 1
     n_B, y_B, p_B = n_B[some], np.bincount(at, w * y, bins)[some], np.bincount(at, w * p, bins)[some]
     actual_B, gap_B = y_B / n_B, (p_B - y_B) / n_B
     noise_B = actual_B * (1.0 - actual_B) / (n_B - 1.0)
+    if user is not None:
+        gap_of_bin = np.zeros(bins)
+        gap_of_bin[some] = gap_B
+        noise_B = _noise_of_users(p - y - gap_of_bin[at], at, user[order], bins)[some]
     return float(np.sqrt(max(0.0, float(n_B / n_B.sum() @ (gap_B**2 - noise_B)))))
+
+
+def _noise_of_users(error: np.ndarray, at: np.ndarray, user: np.ndarray, bins: int) -> np.ndarray:
+    """(bins,) variance of each bin's mean of `error` (whose own mean in the bin is 0), users drawn."""
+    of_users, which = np.unique(np.stack([at, user]), axis=1, return_inverse=True)
+    sums = np.bincount(which.ravel(), error)
+    users_B = np.bincount(of_users[0], minlength=bins)
+    square_B = np.bincount(of_users[0], sums**2, bins)
+    return square_B * users_B / np.maximum(users_B - 1, 1) / np.maximum(np.bincount(at, minlength=bins), 1) ** 2
 
 
 def predicted_over_actual(y: np.ndarray, p: np.ndarray, w: np.ndarray | None = None) -> float:
