@@ -38,6 +38,16 @@ from trainer.train import affine, train
 
 _NEVER = np.int64(2**62)
 HORIZONS_S = {"click": 1800.0, "purchase": datasets.DAY_S, **datasets.RETURNS_S}
+CODE = (
+    "models/fold.py",
+    "models/student.py",
+    "trainer/fit.py",
+    "trainer/train.py",
+    "trainer/boosting.py",
+    "trainer/rates.py",
+    "benchmarks/datasets.py",
+)
+"""What a figure in the cache depends on, beside the data and a model's own settings."""
 REFRESHES = 20
 """Parts of the test's time, each calibrated anew."""
 HEADS_OF = {
@@ -92,7 +102,7 @@ def prepare(data_dir: Path, cache: Path, threads: int) -> Bench:
         learn_next_M=(next_M != 0) & (split_M1[:, 0] == TRAIN),
     )
     code = hashlib.sha256()
-    for name in ("models/fold.py", "models/student.py", "trainer/fit.py", "trainer/boosting.py", "benchmarks/datasets.py"):
+    for name in CODE:
         code.update((datasets.ROOT / name).read_bytes())
     code.update(examples.y_MT.tobytes() + examples.learn_MT.tobytes() + examples.next_M.tobytes())
     cache.mkdir(parents=True, exist_ok=True)
@@ -192,7 +202,7 @@ def trained(
     **more,
 ) -> Kept:
     """The serving network, trained on `examples` (None: the bench's), from the cache where it is there."""
-    path = bench.cache / f"{name}-s{schedule.seed}-{bench.key}.safetensors"
+    path = bench.cache / f"{named(name, schedule, soft_MT)}-{bench.key}.safetensors"
     config = student_config(bench.data)
     examples = bench.examples if examples is None else examples
     if not path.exists():
@@ -231,7 +241,17 @@ def student(bench: Bench, name: str, schedule: Schedule, soft_MT: np.ndarray | N
         network = trained(bench, name, schedule, soft_MT=soft_MT).network
         return logits(network, bench.examples, np.arange(len(bench.examples)))
 
-    return cached(bench, f"{name}-s{schedule.seed}", make)
+    return cached(bench, named(name, schedule, soft_MT), make)
+
+
+def named(name: str, schedule: Schedule, soft_MT: np.ndarray | None) -> str:
+    """A name in the cache that changes with the settings and with what is heard."""
+    heard = "" if soft_MT is None else hashlib.sha256(soft_MT.tobytes()).hexdigest()
+    return f"{name}-s{schedule.seed}-{digest(schedule, heard)}"
+
+
+def digest(*settings: object) -> str:
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
 
 
 def logit(p):

@@ -28,7 +28,20 @@ from sklearn.linear_model import Ridge
 
 from benchmarks import datasets
 from benchmarks.baselines import DISTIL, cross_fitted, heard, models_of
-from benchmarks.cells import Bench, Section, bar, by_cell, cached, difference, judge, note, student, student_config, trained
+from benchmarks.cells import (
+    Bench,
+    Section,
+    bar,
+    by_cell,
+    cached,
+    difference,
+    judge,
+    named,
+    note,
+    student,
+    student_config,
+    trained,
+)
 from benchmarks.datasets import DAY_MS, TEST, TRAIN, VALIDATE, WITH_CATEGORIES
 from models.categories import RECENCY, CategoryTable
 from models.events import KINDS, PRICE_EDGES, PURCHASE
@@ -60,7 +73,7 @@ def measure(bench: Bench, quick: bool) -> Section:
     draws = 100 if quick else 400
     examples, (models, *_) = bench.examples, models_of(bench, range(1), 4 if quick else 12)
     soft_MT = heard(bench, models["teacher"][0])
-    state_MS = cached(bench, "ranking-state-s0", lambda: _state(bench, soft_MT))
+    state_MS = cached(bench, named("ranking-state", DISTIL, soft_MT), lambda: _state(bench, soft_MT))
     hidden = student_config(bench.data).hidden
     h_MH, gates_MG = state_MS[:, :hidden], state_MS[:, hidden:]
     table = count(bench, examples)
@@ -391,7 +404,8 @@ def binary(bench: Bench, h_MH: np.ndarray, soft_MT: np.ndarray, draws: int) -> d
         for name, network in ON_CELLS.items()
     }
     models["boosting"] = [cross_fitted(bench, "cross_fitted")[0]]
-    models["boosting_state"] = [cached(bench, "ranking-boosting_state-s0", lambda: by_cell(bench, fit))]
+    name = named("ranking-boosting_state", DISTIL, soft_MT)
+    models["boosting_state"] = [cached(bench, name, lambda: by_cell(bench, fit))]
     models["distilled"] = [student(bench, "distilled", DISTIL, soft_MT)]
     cells = judge(bench, models, draws)
     against = {

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from numba import njit
 
 from benchmarks import datasets, observer
-from benchmarks.cells import Bench, Section, bar, cached, difference, logit, note, table
+from benchmarks.cells import Bench, Section, bar, cached, difference, digest, logit, note, table
 from benchmarks.datasets import DAY_MS, ROOT, TEST, TRAIN, VALIDATE
 from models.artifact import load_prior
 from models.config import FoldConfig, HorizonsConfig
@@ -278,10 +278,6 @@ def keyed(bench: Bench, world: World) -> Bench:
     return bench._replace(examples=world.examples, key=code.hexdigest()[:12])
 
 
-def _digest(*settings: object) -> str:
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
-
-
 def boosted(bench: Bench, trials: int) -> dict[str, np.ndarray]:
     """Boosting and logistic regression of every platform × task, cross-fitted; boosting tuned; NaN where no label is."""
     examples = bench.examples
@@ -327,7 +323,7 @@ def transformer(bench: Bench, offset_MT: np.ndarray, schedule: Schedule = RESIDU
         adds_MT[:, of] = fitted.logits(examples, told_MT) - told_MT
         return offset_MT + adds_MT
 
-    return cached(bench, f"simulated-transformer-{_digest(schedule)}", make)
+    return cached(bench, f"simulated-transformer-{digest(schedule)}", make)
 
 
 def student(bench: Bench, history: History, name: str, schedule: Schedule, soft_MT=None) -> np.ndarray:
@@ -343,7 +339,7 @@ def student(bench: Bench, history: History, name: str, schedule: Schedule, soft_
         return said(trained, bench.examples)
 
     taught = () if soft_MT is None else (hashlib.sha256(soft_MT.tobytes()).hexdigest(),)
-    return cached(bench, f"simulated-{name}-{_digest(schedule, *taught)}", make)
+    return cached(bench, f"simulated-{name}-{digest(schedule, *taught)}", make)
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from models.errors import ConfigError
 from streams.broker import EmbeddedBroker
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "deploy" / "kafka")]
+sys.path[:0] = [str(ROOT / place) for place in ("tests", "deploy/kafka", "benchmarks", "benchmarks/peers")]
 
 from local_kafka import ApacheKafka  # noqa: E402  (lies beside its pom, which no wheel carries)
 

@@ -1,38 +1,32 @@
 """The pure parts of the speed benchmark; each peer on a few thousand events, its scores against the scorer's own."""
 
 import asyncio
-import sys
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import msgspec
 import numpy as np
+import plots
 import pytest
+import speed_feed
+import speed_lab
+import speed_plots
+import speed_report as report
+import throughput
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
+from job import Encoded, Job
+from kernels import Kernels
+from speed_modes import PEERS
 from tiny import PLATFORMS, make_model
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
-
-import plots  # noqa: E402
-import speed_feed  # noqa: E402
-import speed_lab  # noqa: E402
-import speed_plots  # noqa: E402
-import speed_report as report  # noqa: E402
-import throughput  # noqa: E402
-from job import Encoded, Job  # noqa: E402
-from kernels import Kernels  # noqa: E402
-from speed_modes import PEERS  # noqa: E402
-
-from models.artifact import publish  # noqa: E402
-from models.config import KafkaConfig  # noqa: E402
-from models.events import CanonicalEvent, ScoreRecord  # noqa: E402
-from streams.demo import SIMULATED  # noqa: E402
-from streams.kafka import client_options, create_topics  # noqa: E402
+from models.artifact import publish
+from models.config import KafkaConfig
+from models.events import CanonicalEvent, ScoreRecord
+from streams.demo import SIMULATED
+from streams.kafka import client_options, create_topics
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
