@@ -518,9 +518,8 @@ def climb_all(task: Task, names: Iterable[str] = tuple(RUNGS)) -> dict[str, Netw
 # ── the choice ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-REHEARSED: tuple[str, ...] = ("finetune_head", "renormalise")
-"""Rungs that cost little and change nothing that the platforms share; of the others the target's own labels must speak. Of
-`loose_head` too: rehearsals cannot tell it from the tight one, and so would leave the choice of the two to few labels."""
+REHEARSED: tuple[str, ...] = ("finetune_head", "loose_head", "renormalise")
+"""Rungs that cost little and change nothing that the platforms share; of the others the target's own labels must speak."""
 
 
 class Gain(NamedTuple):
