@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from numba import njit
 
 from benchmarks import datasets, observer
-from benchmarks.cells import Bench, Section, bar, cached, difference, digest, logit, note, table
+from benchmarks.cells import CODE, Bench, Section, bar, cached, difference, digest, logit, named, note, table
 from benchmarks.datasets import DAY_MS, ROOT, TEST, TRAIN, VALIDATE
 from models.artifact import load_prior
 from models.config import FoldConfig, HorizonsConfig
@@ -270,8 +270,7 @@ def _own_rate(user, ts, y, known, horizon_ms, mean, strength):
 def keyed(bench: Bench, world: World) -> Bench:
     """The cache of a world: by what was simulated and the code that made it and learns from it."""
     code = hashlib.sha256()
-    code_of = ("models/fold.py", "models/student.py", "trainer/fit.py", "trainer/boosting.py", "trainer/transformer.py")
-    for name in (*code_of, "trainer/transformer_fit.py"):
+    for name in (*CODE, "trainer/transformer.py", "trainer/transformer_fit.py"):
         code.update((ROOT / name).read_bytes())
     for array in (world.examples.y_MT, world.examples.learn_MT, world.examples.columns.features_NF.numpy()):
         code.update(array.tobytes())
@@ -338,8 +337,7 @@ def student(bench: Bench, history: History, name: str, schedule: Schedule, soft_
         note(f"{name}: kept epoch {trained.fitted.epochs}, validation log-loss {trained.fitted.check_loss:.4f}")
         return said(trained, bench.examples)
 
-    taught = () if soft_MT is None else (hashlib.sha256(soft_MT.tobytes()).hexdigest(),)
-    return cached(bench, f"simulated-{name}-{digest(schedule, *taught)}", make)
+    return cached(bench, named(f"simulated-{name}", schedule, soft_MT), make)
 
 
 @torch.inference_mode()
