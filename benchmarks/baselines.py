@@ -1,7 +1,7 @@
 """The main table's models: what a user would otherwise pick, the teacher, the student with and without it.
 
     rates · logistic regression · boosting, fixed and tuned      on the rolling features, cell by cell
-    teacher                                                      the members that help on validation; further features
+    teacher                                                      the members that help on validation; own rates, too
     student, distilled                                           one network for all platforms
 
 Each is an array of logits (M, T) of every event of a `Bench`, from the cache where it is there.
@@ -9,14 +9,17 @@ Each is an array of logits (M, T) of every event of a `Bench`, from the cache wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 
-from benchmarks.cells import HORIZONS_S, Bench, by_cell, cached, cells_of, logit, student
+from benchmarks.cells import HORIZONS_S, Bench, by_cell, cached, logit, student, student_config
 from benchmarks.datasets import TASKS, TEST
 from trainer import boosting
 from trainer.fit import Schedule
 from trainer.rates import matured_counts, rate_features
-from trainer.teacher import choose
+from trainer.teacher import choose, recurrence
 
 PLAIN = Schedule(epochs=10, batch_events=1024, rate=2e-3, patience=3, dropout=0.3)
 """The undistilled student's, chosen on validation: log-loss .5097; .5122 in batches of 4,096."""
@@ -29,17 +32,31 @@ BASELINES = ("boosting", "boosting_tuned", "logistic")
 def models_of(bench: Bench, seeds: range, trials: int) -> tuple[dict[str, list[np.ndarray]], list[str], dict[str, str]]:
     """→ the main table's models, each a list of seeds; the teacher's members; why each was kept or dropped."""
     models = {"base_rate": [base_rate(bench)], "user_rate": [cached(bench, "user_rate", lambda: user_rate(bench))]}
-    boosted, regressed = cross_fitted(bench, "cross_fitted")
-    models |= {"logistic": [regressed], "boosting": [boosted], "boosting_tuned": [tuned(bench, trials)]}
-    with_rates = cross_fitted(bench, "cross_fitted_rates", rate_features(*own_counts(bench)))
-    members = {"boosting": boosted, "logistic": regressed}
-    members |= dict(zip(("boosting_rates", "logistic_rates"), with_rates, strict=True))
+    members = members_of(bench)
+    models |= {"logistic": [members["logistic"]], "boosting": [fixed(bench)], "boosting_tuned": [tuned(bench, trials)]}
     kept, reasons = choose(bench.examples, members)
     models["teacher"] = [np.mean([members[name] for name in kept], axis=0)]
     models["student"] = [student(bench, "student", PLAIN._replace(seed=s)) for s in seeds]
     soft_MT = heard(bench, models["teacher"][0])
     models["distilled"] = [student(bench, "distilled", DISTIL._replace(seed=s), soft_MT) for s in seeds]
     return models, kept, reasons
+
+
+def members_of(bench: Bench) -> dict[str, np.ndarray]:
+    """The teacher's members, as the trainer has them (`trainer/teacher.py`) but for the transformer: logits (M, T), out of
+    fold where they were learned from. Trees and the recurrence look at the user's own matured rates, too."""
+    examples = replace(bench.examples, own_MR=rate_features(*own_counts(bench)))
+    with_rates_MX = np.concatenate([examples.columns.features_NF.numpy(), examples.own_MR], axis=1)
+
+    def said_by_recurrence() -> np.ndarray:
+        return recurrence(student_config(bench.data))(examples, np.empty(0)).logits_MT
+
+    return {
+        "boosting": crossed(bench, "boosting_rates", boosting.fit_boosting, with_rates_MX),
+        "randomised": crossed(bench, "randomised_rates", boosting.fit_randomised, with_rates_MX),
+        "logistic": crossed(bench, "logistic", boosting.fit_logistic, examples.columns.features_NF.numpy()),
+        "recurrence": cached(bench, "recurrence", said_by_recurrence),
+    }
 
 
 def asked(bench: Bench) -> np.ndarray:
@@ -86,25 +103,25 @@ def own_counts(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
     return matured_counts(examples.user_M, examples.ts_M, examples.y_MT, known_MT, horizon_ms_T)
 
 
-def cross_fitted(bench: Bench, name: str, more_MR: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Boosting and logistic regression, out of fold on what they learned from. `more_MR`: further features."""
+def crossed(bench: Bench, name: str, fit: Callable[..., boosting.Predict], inputs_MX: np.ndarray) -> np.ndarray:
+    """A member of the teacher, a model a cell, out of fold on what it learned from."""
 
-    def both() -> np.ndarray:
-        examples = bench.examples
-        features_MF = examples.columns.features_NF.numpy()
-        if more_MR is not None:
-            features_MF = np.concatenate([features_MF, more_MR], axis=1)
-        out = np.full((*examples.y_MT.shape, 2), np.nan, np.float32)
-        for row, task in cells_of(bench):
-            of = np.flatnonzero(examples.platform_M == row)
-            y, learn = examples.y_MT[of, task], examples.learn_MT[of, task]
-            for k, fit in enumerate((boosting.fit_boosting, boosting.fit_logistic)):
-                fitted = boosting.cross_fit(fit, features_MF[of], y, learn, examples.user_M[of], threads=bench.threads)
-                out[of, task, k] = fitted.logit_M
-        return out
+    def cell(of, learn, check, row, task):
+        y, user, seeds = bench.examples.y_MT[of, task], bench.examples.user_M[of], boosting.bag(int(learn.sum()))
+        return boosting.cross_fit(fit, inputs_MX[of], y, learn, user, seeds=seeds, threads=bench.threads).logit_M
 
-    out = cached(bench, name, both)
-    return out[:, :, 0], out[:, :, 1]
+    return cached(bench, name, lambda: by_cell(bench, cell))
+
+
+def fixed(bench: Bench) -> np.ndarray:
+    """Fixed, regularised LightGBM on the rolling features: the baseline to beat."""
+    features_MF = bench.examples.columns.features_NF.numpy()
+
+    def cell(of, learn, check, row, task):
+        x, y = features_MF[of], bench.examples.y_MT[of, task]
+        return boosting.fit_boosting(x[learn], y[learn], threads=bench.threads)(x)
+
+    return cached(bench, "boosting", lambda: by_cell(bench, cell))
 
 
 def tuned(bench: Bench, trials: int) -> np.ndarray:

@@ -45,6 +45,7 @@ CODE = (
     "trainer/train.py",
     "trainer/boosting.py",
     "trainer/rates.py",
+    "trainer/teacher.py",
     "benchmarks/datasets.py",
 )
 """What a figure in the cache depends on, beside the data and a model's own settings."""
@@ -264,7 +265,8 @@ def logit(p):
 
 def judge(bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: int = TEST) -> dict[tuple[str, str], dict]:
     """Cell → n, users, base rate, and for each model (a list of seeds) the mean over seeds of each figure, with draws of AUC
-    and log-loss. Probabilities are calibrated on the validation anchors, platform by platform and task by task; figures
+    and log-loss. Probabilities are calibrated on the validation anchors, platform by platform and task by task, as the
+    trainer does: pulled to the logits as they are, the more so the more a user's events err together. Figures
     named `refreshed_…` are of probabilities that `refreshed` calibrates again and again, as the trainer's rounds do."""
     examples = bench.examples
     out = {}
@@ -280,15 +282,18 @@ def judge(bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: i
             figures = []
             for logits_MT in seeds:
                 z = logits_MT[at, task]
-                slope, offset = affine(logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0))
-                later = refreshed(logits_MT[:, task], examples.y_MT[:, task], examples.ts_M, check, at, horizon_ms)
+                slope, offset = affine(
+                    logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0), examples.user_M[check]
+                )
+                z_M, y_M = logits_MT[:, task], examples.y_MT[:, task]
+                later = refreshed(z_M, y_M, examples.ts_M, examples.user_M, check, at, horizon_ms)
                 figures.append(_figures(y, z, 1 / (1 + np.exp(-(slope * z + offset))), later, user, resamples))
             cell["models"][model] = {key: np.mean([each[key] for each in figures], axis=0) for key in figures[0]}
         out[platform, name] = cell
     return out
 
 
-def refreshed(z_M, y_M, ts_M, check: np.ndarray, at: np.ndarray, horizon_ms: int) -> np.ndarray:
+def refreshed(z_M, y_M, ts_M, user_M, check: np.ndarray, at: np.ndarray, horizon_ms: int) -> np.ndarray:
     """(len(at),) probabilities of the events `at`, calibrated as they would have been served: the test's time is cut into
     REFRESHES parts of equal length, and each is calibrated on the newest anchors whose label had matured when it began, as
     many as there are in `check` (positions of the validation anchors)."""
@@ -299,7 +304,7 @@ def refreshed(z_M, y_M, ts_M, check: np.ndarray, at: np.ndarray, horizon_ms: int
     out = np.empty(len(at))
     for index, begin in enumerate(begins):
         known = anchors[ts_M[anchors] + horizon_ms <= begin][-len(check) :]
-        slope, offset = affine(z_M[known], y_M[known], (1.0, 0.0))
+        slope, offset = affine(z_M[known], y_M[known], (1.0, 0.0), user_M[known])
         out[part == index] = 1 / (1 + np.exp(-(slope * z_M[at[part == index]] + offset)))
     return out
 

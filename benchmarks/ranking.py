@@ -27,7 +27,7 @@ from scipy import sparse
 from sklearn.linear_model import Ridge
 
 from benchmarks import datasets
-from benchmarks.baselines import DISTIL, cross_fitted, heard, models_of
+from benchmarks.baselines import DISTIL, fixed, heard, models_of
 from benchmarks.cells import (
     Bench,
     Section,
@@ -403,7 +403,7 @@ def binary(bench: Bench, h_MH: np.ndarray, soft_MT: np.ndarray, draws: int) -> d
         name: [cached(bench, _key("cells", network), lambda n=network: _sequence_logits(bench, n))]
         for name, network in ON_CELLS.items()
     }
-    models["boosting"] = [cross_fitted(bench, "cross_fitted")[0]]
+    models["boosting"] = [fixed(bench)]
     name = named("ranking-boosting_state", DISTIL, soft_MT)
     models["boosting_state"] = [cached(bench, name, lambda: by_cell(bench, fit))]
     models["distilled"] = [student(bench, "distilled", DISTIL, soft_MT)]

@@ -232,7 +232,7 @@ def probabilities(bench: Bench, logits_MT: np.ndarray) -> np.ndarray:
     for row, task in cells_of(bench):
         own = examples.platform_M == row
         check = own & check_M
-        slope, offset = affine(logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0))
+        slope, offset = affine(logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0), examples.user_M[check])
         out[own, task] = 1.0 / (1.0 + np.exp(-(slope * logits_MT[own, task] + offset)))
     return out
 

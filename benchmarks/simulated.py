@@ -42,8 +42,9 @@ from trainer import boosting, metrics
 from trainer.examples import Examples, examples_of, folded, replay
 from trainer.fit import Network, Schedule
 from trainer.history import History
-from trainer.labels import make_labels
-from trainer.teacher import choose
+from trainer.labels import horizons_ms, make_labels
+from trainer.rates import matured_counts, rate_features
+from trainer.teacher import choose, recurrence
 from trainer.train import Trained, affine, train
 from trainer.transformer import TransformerConfig
 from trainer.transformer_fit import fit_transformer
@@ -278,31 +279,51 @@ def keyed(bench: Bench, world: World) -> Bench:
 
 
 def boosted(bench: Bench, trials: int) -> dict[str, np.ndarray]:
-    """Boosting and logistic regression of every platform × task, cross-fitted; boosting tuned; NaN where no label is."""
-    examples = bench.examples
-    x_MF = examples.columns.features_NF.numpy()
-
-    def every(fit: Callable) -> np.ndarray:
-        out = np.full((*examples.y_MT.shape, 2), np.nan, np.float32)
-        for row in range(1, 1 + len(PLATFORMS)):
-            of = np.flatnonzero(examples.platform_M == row)
-            for task in range(len(TASKS)):
-                learn, check = examples.learn_MT[of, task], examples.check_MT[of, task]
-                if learn.any():
-                    out[of, task] = fit(x_MF[of], examples.y_MT[of, task], learn, check, examples.user_M[of])
-        return out
+    """The baselines, a model a platform × task (NaN where no label is): boosting fixed and tuned, and logistic regression,
+    cross-fitted, as the teacher has it too."""
+    x_MF = bench.examples.columns.features_NF.numpy()
 
     def fixed(x, y, learn, check, user):
-        fits = (boosting.fit_boosting, boosting.fit_logistic)
-        return np.stack([boosting.cross_fit(f, x, y, learn, user, threads=bench.threads).logit_M for f in fits], axis=1)
+        return boosting.fit_boosting(x[learn], y[learn], threads=bench.threads)(x)
 
     def tuned(x, y, learn, check, user):
-        predict = boosting.fit_tuned(x[learn], y[learn], x[check], y[check], trials=trials, threads=bench.threads)
-        return predict(x)[:, None]
+        return boosting.fit_tuned(x[learn], y[learn], x[check], y[check], trials=trials, threads=bench.threads)(x)
 
-    crossed = cached(bench, "simulated-crossed", lambda: every(fixed))
-    best = cached(bench, f"simulated-tuned-{trials}", lambda: every(tuned)[..., 0])
-    return {"boosting": crossed[..., 0], "logistic": crossed[..., 1], "boosting_tuned": best}
+    return {
+        "boosting": cached(bench, "simulated-boosting", lambda: every(bench, x_MF, fixed)),
+        "logistic": crossed(bench, "logistic", boosting.fit_logistic, x_MF),
+        "boosting_tuned": cached(bench, f"simulated-tuned-{trials}", lambda: every(bench, x_MF, tuned)),
+    }
+
+
+def every(bench: Bench, inputs_MX: np.ndarray, fit: Callable[..., np.ndarray]) -> np.ndarray:
+    """(M, T) logits that `fit` gives for each platform × task, NaN where no label is."""
+    examples = bench.examples
+    out = np.full(examples.y_MT.shape, np.nan, np.float32)
+    for row in range(1, 1 + len(PLATFORMS)):
+        of = np.flatnonzero(examples.platform_M == row)
+        for task in range(len(TASKS)):
+            learn, check = examples.learn_MT[of, task], examples.check_MT[of, task]
+            if learn.any():
+                out[of, task] = fit(inputs_MX[of], examples.y_MT[of, task], learn, check, examples.user_M[of])
+    return out
+
+
+def crossed(bench: Bench, name: str, fit: Callable[..., boosting.Predict], inputs_MX: np.ndarray) -> np.ndarray:
+    def one(x, y, learn, check, user):
+        seeds = boosting.bag(int(learn.sum()))
+        return boosting.cross_fit(fit, x, y, learn, user, seeds=seeds, threads=bench.threads).logit_M
+
+    return cached(bench, f"simulated-{name}", lambda: every(bench, inputs_MX, one))
+
+
+def with_own_rates(world: World) -> Examples:
+    """The examples with the user's own matured label rates, for the teacher."""
+    examples = world.examples
+    known_MT = np.column_stack([~np.isnan(world.truth_M3), world.shift.known_N])
+    horizons_ms_T = np.append(horizons_ms(HorizonsConfig())[: len(BINARY_HEADS)], 7 * int(DAY_MS))
+    counts = matured_counts(examples.user_M, examples.ts_M, examples.y_MT, known_MT, horizons_ms_T)
+    return replace(examples, own_MR=rate_features(*counts))
 
 
 def transformer(bench: Bench, offset_MT: np.ndarray, schedule: Schedule = RESIDUAL) -> np.ndarray:
@@ -374,7 +395,7 @@ def judge(world: World, models: dict[str, np.ndarray], at_M: np.ndarray, draws: 
             for model, logits_MT in models.items():
                 z, line = logits_MT[at, task], (1.0, 0.0)
                 if model not in ("bayes", "observer"):
-                    line = affine(logits_MT[check, task], examples.y_MT[check, task], line)
+                    line = affine(logits_MT[check, task], examples.y_MT[check, task], line, examples.user_M[check])
                 losses = metrics.log_losses(y, 1 / (1 + np.exp(-(line[0] * z + line[1]))))
                 cell["models"][model] = {
                     "auc": metrics.auc(y, z),
@@ -389,12 +410,20 @@ def judge(world: World, models: dict[str, np.ndarray], at_M: np.ndarray, draws: 
 def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]:
     """(M, T) logits of every model, Bayes and the observer included (T: their three)."""
     models = boosted(bench, trials)
-    offset_MT = (models["boosting"] + models["logistic"]) / 2
-    members = {name: models[name] for name in ("boosting", "logistic")}
-    members["transformer"] = transformer(bench, offset_MT)
+    rated = with_own_rates(world)
+    with_rates_MX = np.concatenate([rated.columns.features_NF.numpy(), rated.own_MR], axis=1)
+    members = {
+        "boosting": crossed(bench, "boosting-rates", boosting.fit_boosting, with_rates_MX),
+        "randomised": crossed(bench, "randomised-rates", boosting.fit_randomised, with_rates_MX),
+        "logistic": models["logistic"],
+    }
+    members["transformer"] = transformer(bench, np.mean([*members.values()], axis=0))
+    members["recurrence"] = cached(
+        bench,
+        f"simulated-recurrence-{digest(PLAIN)}",
+        lambda: recurrence(student_config(), PLAIN)(rated, np.empty(0)).logits_MT,
+    )
     models["student"] = student(bench, world.history, "plain", PLAIN)
-    # The undistilled student, itself a sequence model. Not cross-fitted: it stops early, at a dropout of .3.
-    members["recurrence"] = models["student"][:, : len(TASKS)]
     kept, reasons = choose(bench.examples, members)
     note(f"teacher: {reasons}")
     models["transformer"] = members["transformer"]
@@ -558,7 +587,7 @@ def plot_calibration(world: World, logits_MT: np.ndarray, path: Path) -> None:
             check, at = np.flatnonzero(own_M & (world.part_M == VALIDATE)), np.flatnonzero(own_M & (world.part_M == TEST))
             if not len(at):
                 continue
-            slope, offset = affine(logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0))
+            slope, offset = affine(logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0), examples.user_M[check])
             p = 1 / (1 + np.exp(-(slope * logits_MT[at, task] + offset)))
             bins = np.array_split(np.argsort(p), 15)
             said, true = ([values[b].mean() for b in bins] for values in (p, world.truth_M3[at, task]))

@@ -171,6 +171,8 @@ class TrainerConfig(_Section):
     """Whether later models distil a teacher (the first never does). A new teacher makes a major version."""
     teacher_every_s: Positive = 86400.0
     """Age at which another teacher is fitted; drift and twice as many examples do the same."""
+    teacher_recurrence: bool = True
+    """Whether the student's own network, undistilled, is among the teacher's members. Three of them are trained for it."""
     teacher_transformer: Literal["cpu", "gpu-small", "gpu", "large"] | None = None
     """Size of a causal transformer beside boosting and regression; None: none. It takes far longer than they do."""
     teacher_texts: bool = False

@@ -80,6 +80,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_copy() -> Iterator[None]:
+    """Teachers average one copy of their trees while a module's tests run: what the others add is less chance, for time."""
+    from trainer import boosting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boosting, "MOST_BAGS", 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of the real data sets; the test is skipped where it is absent."""

@@ -17,7 +17,7 @@ from trainer.labels import make_labels
 from trainer.lessons import DRIFT_PSI, Lessons, psi
 from trainer.train import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "one_copy")
 
 NOW_MS, HOUR_MS = 1_795_000_000_000, 3_600_000
 
@@ -72,7 +72,7 @@ def fitted(folder, early, history):
 def test_a_fit_asks_of_every_event_and_says_who_was_kept(fitted, early):
     lessons, heard = fitted
     assert heard.asked == len(lessons) == len(early[0])
-    assert set(heard.members) == {"boosting", "logistic", "boosting_rates"} and any(heard.members.values())
+    assert set(heard.members) == {"boosting", "randomised", "logistic", "recurrence"} and any(heard.members.values())
     assert np.isfinite(heard.soft_MT[early[0].learn_MT]).mean() > 0.9
 
 
@@ -163,7 +163,7 @@ def test_a_transformer_is_a_further_member_that_answers_too(tmp_path, early, lat
     monkeypatch.setattr(teachers, "choose", lambda examples, members: (tuple(members), dict.fromkeys(members, "kept")))
     lessons = lessons_of(tmp_path, teacher_transformer="cpu")
     heard = lessons.fit(*early, history.platforms, NOW_MS)
-    assert set(heard.members) == {"boosting", "logistic", "boosting_rates", "transformer"}
+    assert set(heard.members) == {"boosting", "randomised", "logistic", "recurrence", "transformer"}
     later = lessons.hear(*late, history.platforms)
     new = ~np.isin(late[1], early[1])
     assert later.asked == new.sum() and np.isfinite(later.soft_MT[new][:, 2]).mean() > 0.9

@@ -4,15 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from synthetic_history import examples_until, make_config, make_history
 from test_training import FOLD, PRIOR
 
 from trainer import boosting, metrics
 from trainer.fit import Schedule, logits, of_users_with
-from trainer.teacher import Member, choose, teach
+from trainer.teacher import Member, choose, recurrence, teach
 from trainer.train import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "one_copy")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_a_cross_fitted_model_cannot_say_what_only_the_label_tells():
     x[:, 0] = user  # a user is recognised by his feature
     y = rng.integers(0, 2, 200)[user].astype(np.float32)
     learn = np.ones(2000, bool)
-    for fit in (boosting.fit_boosting, boosting.fit_logistic):
+    for fit in (boosting.fit_boosting, boosting.fit_randomised, boosting.fit_logistic):
         assert 0.35 < metrics.auc(y, boosting.cross_fit(fit, x, y, learn, user).logit_M) < 0.65
     assert metrics.auc(y, boosting.fit_boosting(x, y)(x)) > 0.8
 
@@ -91,26 +92,59 @@ def test_a_member_that_adds_nothing_is_dropped_and_the_reason_has_the_numbers(ex
 def test_a_further_member_hears_the_offset_and_counts_where_it_helps(examples):
     def oracle(examples, offset_MT):
         assert np.isfinite(offset_MT[examples.learn_MT]).all()
-        return Member(np.where(examples.y_MT > 0, 4.0, -4.0), lambda later, wanted_M, offset_LT: offset_LT[wanted_M] + 1.0)
+        return Member(
+            np.where(examples.y_MT > 0, 4.0, -4.0), lambda later, wanted_M, offset_LT: offset_LT[wanted_M] + 1.0, True
+        )
 
     teaching = teach(examples, more={"oracle": oracle})
     assert teaching.kept == ("oracle",)
     assert np.isnan(teaching.members_MT["oracle"]).any()  # it does not speak where nothing is taught
     wanted = np.arange(len(examples)) % 5 == 0
     said = teaching.answer(examples, wanted)
-    first = [teach(examples).members_MT[name][wanted] for name in ("boosting", "logistic")]
+    first = [teaching.members_MT[name][wanted] for name in ("boosting", "logistic")]
     assert np.isfinite(said).any() and (np.isnan(said) == np.isnan(first[0])).all()
 
 
-def test_own_rates_are_of_labels_that_had_matured_and_one_member_looks_at_them(examples, teaching):
+def test_own_rates_are_of_labels_that_had_matured_and_trees_look_at_them(examples, teaching):
     assert examples.own_MR.shape == (len(examples), 6) and np.isfinite(examples.own_MR).all()
     first = np.r_[True, examples.user_M[1:] != examples.user_M[:-1]]
     np.testing.assert_array_equal(examples.own_MR[first], np.broadcast_to([0.5] * 3 + [0.0] * 3, (first.sum(), 6)))
     assert (examples.own_MR[~first, 3:] > 0).any()
-    assert list(teaching.members_MT) == ["boosting", "logistic", "boosting_rates"]
     blind = teach(dataclasses.replace(examples, own_MR=None))
-    assert list(blind.members_MT) == ["boosting", "logistic"]
-    np.testing.assert_array_equal(blind.members_MT["boosting"], teaching.members_MT["boosting"])
+    assert list(blind.members_MT) == list(teaching.members_MT) == ["boosting", "randomised", "logistic"]
+    np.testing.assert_array_equal(blind.members_MT["logistic"], teaching.members_MT["logistic"])
+    for name in ("boosting", "randomised"):
+        assert np.nanmax(np.abs(blind.members_MT[name] - teaching.members_MT[name])) > 0.01
+
+
+def test_of_few_events_more_copies_are_averaged(monkeypatch):
+    monkeypatch.setattr(boosting, "MOST_BAGS", 4)
+    assert [len(boosting.bag(n)) for n in (0, 20_000, 60_000, 10**7)] == [4, 4, 3, 2]
+
+
+def test_the_recurrence_has_not_seen_the_users_of_whom_it_speaks(examples, config):
+    """Labels that only the user's number tells, which is among the features: who has seen the user knows them."""
+    rng = np.random.default_rng(0)
+    secret = rng.integers(0, 2, examples.user_M.max() + 1)[examples.user_M].astype(np.float32)
+    features = examples.columns.features_NF.clone()
+    features[:, :16] = torch.from_numpy(rng.normal(size=(examples.user_M.max() + 1, 16))[examples.user_M]).float()
+    marked = dataclasses.replace(
+        examples,
+        columns=examples.columns._replace(features_NF=features),
+        y_MT=np.repeat(secret[:, None], 3, axis=1),
+        check_MT=np.zeros_like(examples.check_MT),
+    )
+    schedule = Schedule(epochs=8, batch_events=512, rate=1e-2, dropout=0.0)
+    member = recurrence(config, schedule)(marked, np.zeros_like(marked.y_MT))
+    learned = marked.learn_MT.all(axis=1)
+    assert 0.35 < metrics.auc(secret[learned], member.logits_MT[learned, 2]) < 0.65
+    wanted = learned & (np.arange(len(marked)) % 3 == 0)
+    said = member.answer(marked, wanted, np.empty(0))
+    assert said.shape == (wanted.sum(), 3) and metrics.auc(secret[wanted], said[:, 2]) > 0.8
+    unlearned = ~marked.learn_MT.any(axis=1)
+    np.testing.assert_allclose(
+        member.answer(marked, unlearned, np.empty(0)), member.logits_MT[unlearned], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_members_answer_later_events_as_they_would_have_then(examples, teaching):

@@ -1,11 +1,12 @@
 """Gradient boosting and logistic regression on the rolling features, cell by cell (a platform × task): the baselines that
-a user would otherwise pick, and two members of the teacher.
+a user would otherwise pick, and members of the teacher.
 
 Cross-fitted: what they say of an event that they would learn from is said by a copy that has not seen its user. So their
 logits can be taught from, and offset a network, without teaching it to trust what was only memorised.
 
 `fixed` and regularised boosting is LightGBM with 15 leaves, 80 rounds and L2 10, no tuning; `tuned` searches at random with
-early stopping on the validation anchors, as practitioners do. Shapes: M events, F features.
+early stopping on the validation anchors, as practitioners do; `randomised` draws each split's threshold at random (extremely
+randomised trees: Geurts et al., Machine Learning, 2006). Shapes: M events, F features.
 Knows nothing of splits in time or networks.
 """
 
@@ -30,7 +31,10 @@ FIXED = {
     "bagging_fraction": 0.8,
     "bagging_freq": 1,
 }
-ROUNDS, SEEDS, FOLDS = 80, (0, 1), 3
+RANDOMISED = {**FIXED, "extra_trees": True, "feature_fraction": 0.6}
+ROUNDS, RANDOMISED_ROUNDS = 80, 120
+SEEDS, FOLDS = (0, 1), 4
+BAG_EVENTS, MOST_BAGS = 200_000, 4
 _QUIET = {"verbose": -1, "max_bin": 63, "deterministic": True, "force_row_wise": True}
 MAX_LOGIT = 9.2
 """Logits are clipped to ± this: a probability of 1e-4."""
@@ -56,28 +60,47 @@ def cross_fit(
     learn_M: np.ndarray,
     user_M: np.ndarray,
     *,
+    seeds: tuple[int, ...] = SEEDS,
     threads: int = 1,
     check: Check = lambda: None,
 ) -> CrossFitted | None:
-    """Fits `fit_boosting` or `fit_logistic` on the events of `learn_M` (bool), users whole in each fold. None where only one
-    outcome occurs."""
+    """Fits one of the `fit_…` on the events of `learn_M` (bool), users whole in each fold; a fold's copies are the mean over
+    half of the seeds. None where only one outcome occurs."""
     if not _both(y_M[learn_M]):
         return None
     check()
-    predict = fit(features_MF[learn_M], y_M[learn_M], threads=threads)
+    predict = fit(features_MF[learn_M], y_M[learn_M], seeds=seeds, threads=threads)
+    fewer = seeds[: (len(seeds) + 1) // 2]
     logit_M, fold_M = predict(features_MF), user_M * 7919 % FOLDS
     for fold in range(FOLDS):
         check()
         own_M, rest_M = learn_M & (fold_M == fold), learn_M & (fold_M != fold)
         if own_M.any() and _both(y_M[rest_M]):
-            logit_M[own_M] = fit(features_MF[rest_M], y_M[rest_M], seeds=SEEDS[:1], threads=threads)(features_MF[own_M])
+            logit_M[own_M] = fit(features_MF[rest_M], y_M[rest_M], seeds=fewer, threads=threads)(features_MF[own_M])
     return CrossFitted(logit_M, predict)
+
+
+def bag(n: int) -> tuple[int, ...]:
+    """Seeds of the copies whose mean logit a member of the teacher is, where n events are learned from: of few events much
+    of what one copy says is chance, and copies cost little."""
+    return tuple(range(int(np.clip(BAG_EVENTS // max(n, 1), 2, MOST_BAGS))))
 
 
 def fit_boosting(features_MF: np.ndarray, y_M: np.ndarray, *, seeds: tuple[int, ...] = SEEDS, threads: int = 1) -> Predict:
     """Fixed, regularised LightGBM; the mean logit over seeds."""
+    return _fit_trees(FIXED, ROUNDS, features_MF, y_M, seeds, threads)
+
+
+def fit_randomised(features_MF: np.ndarray, y_M: np.ndarray, *, seeds: tuple[int, ...] = SEEDS, threads: int = 1) -> Predict:
+    """The same with random thresholds and more of the features in each tree."""
+    return _fit_trees(RANDOMISED, RANDOMISED_ROUNDS, features_MF, y_M, seeds, threads)
+
+
+def _fit_trees(
+    settings: dict, rounds: int, features_MF: np.ndarray, y_M: np.ndarray, seeds: tuple[int, ...], threads: int
+) -> Predict:
     models = [
-        lgb.train({**FIXED, **_QUIET, "num_threads": threads, "seed": seed}, lgb.Dataset(features_MF, y_M), ROUNDS)
+        lgb.train({**settings, **_QUIET, "num_threads": threads, "seed": seed}, lgb.Dataset(features_MF, y_M), rounds)
         for seed in seeds
     ]
     return lambda x_NF: _mean_logit([model.predict(x_NF, raw_score=True) for model in models])

@@ -29,7 +29,7 @@ STEPS = 160
 """Batches are made smaller than `batch_events` where there would be fewer steps than this."""
 LEAST_BATCH = 512
 STRANGER = 0.05
-"""Share of users that an epoch shows as being on a platform that the model does not know."""
+"""Share of users that an epoch shows as being on a platform that the model does not know, see `Schedule`."""
 CATEGORY_WEIGHT = 0.2
 WARM_UP, EMA_DECAY, WEIGHT_DECAY = 0.05, 0.99, 0.01
 
@@ -54,6 +54,8 @@ class Schedule(NamedTuple):
     """Of a student that is made anew."""
     cut: float = 1 / 16
     """Chance, at each event, that `h` starts from zero there: one rebuilt from the ring shall be as good as a live one."""
+    stranger: float = STRANGER
+    """Share of users that an epoch shows as being on a platform that the model does not know."""
     seed: int = 0
 
 
@@ -129,7 +131,9 @@ class _Batch(NamedTuple):
     stranger: np.ndarray
 
 
-def _epoch(examples: Examples, sequences: _Sequences, batch: int, cut: float, rng: np.random.Generator) -> Iterator[_Batch]:
+def _epoch(
+    examples: Examples, sequences: _Sequences, batch: int, schedule: Schedule, rng: np.random.Generator
+) -> Iterator[_Batch]:
     """All users in random order, one after another, cut into batches wherever that falls, and now and then elsewhere."""
     if not len(sequences.first_U):
         return
@@ -138,8 +142,8 @@ def _epoch(examples: Examples, sequences: _Sequences, batch: int, cut: float, rn
     at_M = np.repeat(first_U - np.r_[0, np.cumsum(length_U)[:-1]], length_U) + np.arange(length_U.sum())
     begins_M = np.zeros(len(at_M), bool)
     begins_M[np.r_[0, np.cumsum(length_U)[:-1]]] = True
-    starts_M = begins_M | examples.starts_M[at_M] | (rng.random(len(at_M)) < cut)
-    stranger_M = np.repeat(rng.random(len(order)) < STRANGER, length_U)
+    starts_M = begins_M | examples.starts_M[at_M] | (rng.random(len(at_M)) < schedule.cut)
+    stranger_M = np.repeat(rng.random(len(order)) < schedule.stranger, length_U)
     for start in range(0, len(at_M), batch):
         part = slice(start, start + batch)
         starts = starts_M[part].copy()
@@ -188,7 +192,7 @@ def fit(
     for epoch in range(1, schedule.epochs + 1):
         network.train()
         losses = []
-        for part in _epoch(examples, sequences, batch, schedule.cut, rng):
+        for part in _epoch(examples, sequences, batch, schedule, rng):
             check()
             loss = _loss(network, examples.columns, targets, weight_P, part, schedule)
             optimiser.zero_grad()

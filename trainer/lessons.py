@@ -29,7 +29,9 @@ import pyarrow.parquet as pq
 import structlog
 
 from models.config import Settings
+from models.events import BINARY_HEADS
 from models.fold import FEATURE_NAMES
+from models.student import StudentConfig
 from trainer.examples import Check, Examples
 from trainer.history import HistoryStore
 
@@ -103,13 +105,18 @@ class Lessons:
         """Fits a teacher, asks it of every example and writes that down. `id_M`: hashes of the events (uint64); `words`: of
         every category so far, for `trainer.teacher_texts`."""
         # Here, not above: a trainer starts sooner without LightGBM and scikit-learn.
-        from trainer.teacher import teach
+        from trainer.teacher import RECURRENCE, recurrence, teach
 
         options = self._settings.trainer
         size = options.teacher_transformer
         self._words.update(words or {})
         text_of = self._text_of if options.teacher_texts else None
         more = {} if size is None else {"transformer": _transformer(size, platforms, options.seed, check, text_of)}
+        if options.teacher_recurrence:
+            n_features = examples.columns.features_NF.shape[1]
+            heads = dict.fromkeys(platforms, BINARY_HEADS)
+            config = StudentConfig.of("cpu", n_features, platforms, heads)
+            more["recurrence"] = recurrence(config, RECURRENCE._replace(seed=options.seed), check)
         teaching = teach(examples, threads=options.threads, more=more, check=check)
         for name, reason in teaching.reasons.items():
             log.info("teacher's member", member=name, kept=name in teaching.kept, reason=reason)
@@ -255,6 +262,6 @@ def _transformer(size: str, platforms: tuple[str, ...], seed: int, check: Check,
             text = text_of(later) if text_of is not None else None
             return fitted.logits(later, np.nan_to_num(offset_LT), text=text, check=check)[wanted_M]
 
-        return Member(fitted.logits(examples, np.nan_to_num(offset_MT), text=text, check=check), answer)
+        return Member(fitted.logits(examples, np.nan_to_num(offset_MT), text=text, check=check), answer, True)
 
     return fit

@@ -1,11 +1,13 @@
 """The teacher: an ensemble that is honest about what helps, and what it says of every event, once.
 
-    boosting, logistic regression (trainer/boosting.py), cross-fitted ─┬─► mean logit, the offset ─┬─► mean over the members
-    a causal transformer (trainer/transformer.py), a residual on it ◄──┘ ─────────────────────────┘   that help
+    boosting, randomised trees, logistic regression (trainer/boosting.py) ─┬─► mean logit, the offset ─┬─► mean over the
+    a causal transformer (trainer/transformer.py), a residual on it ◄──────┘ ──────────────────────────┤   members that
+    the recurrence: the student's own network, undistilled ────────────────────────────────────────────┘   help
 
-A member that does not lower the log-loss on the examples to check by is dropped, and the reason says so. Of an event that
-it learned from, boosting and regression say what copies say that have not seen its user; of an event that comes later
-they are asked themselves (`Teaching.answer`), and what they say of it cannot have been learned from its label.
+A member that does not lower the log-loss on the examples to check by is dropped, and the reason says so. Trees and the
+recurrence also look at the user's own matured label rates, which the student's row has no place for. Of an event that it
+learned from, a member says what copies say that have not seen its user; of an event that comes later it is asked itself
+(`Teaching.answer`), and what it says of it cannot have been learned from its label.
 
 Shapes: M examples, T tasks. Knows nothing of the student, the gate or Kafka.
 """
@@ -13,13 +15,24 @@ Shapes: M examples, T tasks. Knows nothing of the student, the gate or Kafka.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
+import torch
 
+from models.config import FoldConfig
+from models.student import StudentConfig
 from trainer import boosting
 from trainer.examples import Check, Examples, check_loss
-from trainer.train import LEAST_ANCHORS, LEAST_OF_A_CLASS
+from trainer.fit import Schedule, logits, of_users_with
+from trainer.train import LEAST_ANCHORS, LEAST_OF_A_CLASS, train
+from trainer.transfer import subset
+
+RECURRENCE = Schedule(epochs=10, batch_events=1024, rate=2e-3, patience=3, dropout=0.3)
+"""As the undistilled student of the benchmark learns."""
+RECURRENCE_FOLDS = 3
 
 Answer = Callable[[Examples, np.ndarray, np.ndarray], np.ndarray]
 """(examples, wanted (M,) bool, offset (M, T), NaN where there is none) → logits (wanted, T). The examples' platforms are
@@ -33,6 +46,8 @@ class Member(NamedTuple):
     """Of the examples that it was fitted on."""
     answer: Answer
     """What it says of examples that come later."""
+    offset_everywhere: bool = False
+    """Its answer needs the offset of events that are not wanted, too."""
 
 
 MoreMember = Callable[[Examples, np.ndarray], Member]
@@ -60,8 +75,8 @@ def teach(
     more: Mapping[str, MoreMember] = {},
     check: Check = lambda: None,
 ) -> Teaching:
-    """Fits every member and keeps those that help: boosting and regression on the rolling features, boosting on the own
-    rates too where the examples have them, and `more`, told the mean of those."""
+    """Fits every member and keeps those that help: trees and regression on the rolling features, trees on the own rates too
+    where the examples have them, and `more`, told the mean of those."""
     fitted = _cross_fitted(examples, threads, check)
     offset_MT = _mean([member.logits_MT for member in fitted.values()])
     for name, fit in more.items():
@@ -73,8 +88,7 @@ def teach(
     kept, reasons = choose(examples, members)
 
     def answer(later: Examples, wanted_M: np.ndarray) -> np.ndarray:
-        # A further member may look at all that came before, so its offset is needed everywhere.
-        everywhere_M = np.ones(len(later), bool) if set(kept) - set(_FIRST) else wanted_M
+        everywhere_M = np.ones(len(later), bool) if any(fitted[name].offset_everywhere for name in kept) else wanted_M
         first = {name: fitted[name].answer(later, everywhere_M, np.empty(0)) for name in _FIRST if name in fitted}
         offset_XT = _mean([*first.values()])
         said = [
@@ -95,15 +109,17 @@ class _First(NamedTuple):
 
 
 _FIRST: dict[str, _First] = {
-    "boosting": _First(boosting.fit_boosting, False),
+    "boosting": _First(boosting.fit_boosting, True),
+    "randomised": _First(boosting.fit_randomised, True),
     "logistic": _First(boosting.fit_logistic, False),
-    "boosting_rates": _First(boosting.fit_boosting, True),
 }
 
 
-def _inputs(examples: Examples, rates: bool, at: np.ndarray) -> np.ndarray:
+def _inputs(examples: Examples, rates: bool, at: np.ndarray | slice = np.s_[:]) -> np.ndarray:
     features_XF = examples.columns.features_NF.numpy()[at]
-    return np.concatenate([features_XF, examples.own_MR[at]], axis=1) if rates else features_XF
+    return (
+        np.concatenate([features_XF, examples.own_MR[at]], axis=1) if rates and examples.own_MR is not None else features_XF
+    )
 
 
 def _mean(logits: list[np.ndarray]) -> np.ndarray:
@@ -112,21 +128,22 @@ def _mean(logits: list[np.ndarray]) -> np.ndarray:
 
 def _cross_fitted(examples: Examples, threads: int, check: Check) -> dict[str, Member]:
     """The first members, a model a platform × task where there is enough to learn from."""
-    names = [name for name, first in _FIRST.items() if not first.rates or examples.own_MR is not None]
-    logits = {name: np.full(examples.y_MT.shape, np.nan, np.float32) for name in names}
-    predicts: dict[str, dict[tuple[int, int], boosting.Predict]] = {name: {} for name in names}
+    logits = {name: np.full(examples.y_MT.shape, np.nan, np.float32) for name in _FIRST}
+    predicts: dict[str, dict[tuple[int, int], boosting.Predict]] = {name: {} for name in _FIRST}
     for row in np.unique(examples.platform_M):
         of = np.flatnonzero(examples.platform_M == row)
-        inputs = {name: _inputs(examples, _FIRST[name].rates, of) for name in names}
+        inputs = {name: _inputs(examples, first.rates, of) for name, first in _FIRST.items()}
         for task in range(len(examples.tasks)):
             y, learn = examples.y_MT[of, task], examples.learn_MT[of, task]
             n, positives = int(learn.sum()), int(y[learn].sum())
             if n < LEAST_ANCHORS or min(positives, n - positives) < LEAST_OF_A_CLASS:
                 continue
             for name, x in inputs.items():
-                fitted = boosting.cross_fit(_FIRST[name].fit, x, y, learn, examples.user_M[of], threads=threads, check=check)
+                fitted = boosting.cross_fit(
+                    _FIRST[name].fit, x, y, learn, examples.user_M[of], seeds=boosting.bag(n), threads=threads, check=check
+                )
                 logits[name][of, task], predicts[name][int(row), task] = fitted
-    return {name: Member(logits[name], _answer_of(predicts[name], _FIRST[name].rates)) for name in names}
+    return {name: Member(logits[name], _answer_of(predicts[name], first.rates)) for name, first in _FIRST.items()}
 
 
 def _answer_of(predicts: Mapping[tuple[int, int], boosting.Predict], rates: bool) -> Answer:
@@ -141,6 +158,44 @@ def _answer_of(predicts: Mapping[tuple[int, int], boosting.Predict], rates: bool
         return out_XT
 
     return answer
+
+
+def recurrence(config: StudentConfig, schedule: Schedule = RECURRENCE, check: Check = lambda: None) -> MoreMember:
+    """The student's network of this configuration, taught by labels alone, as a further member: what the order of a user's
+    events tells beside their counts. The mean logit of copies, each of which has not seen a third of the users; of events
+    learned from, the copy's that has not seen the user."""
+
+    def told(examples: Examples) -> Examples:
+        inputs_MF = np.ascontiguousarray(_inputs(examples, True), np.float32)
+        return replace(examples, columns=examples.columns._replace(features_NF=torch.from_numpy(inputs_MF)))
+
+    def fit(examples: Examples, offset_MT: np.ndarray) -> Member:
+        own, fold_M = told(examples), examples.user_M * 7919 % RECURRENCE_FOLDS
+        own_config = msgspec.structs.replace(config, n_features=own.columns.features_NF.shape[1])
+        no_category = {"next_M": np.zeros_like(examples.next_M), "learn_next_M": np.zeros_like(examples.learn_next_M)}
+        networks = []
+        for fold in range(RECURRENCE_FOLDS):
+            learn_MT = examples.learn_MT & (fold_M != fold)[:, None]
+            trained = train(
+                replace(own, learn_MT=learn_MT, **no_category), own_config, {}, FoldConfig(),
+                schedule._replace(seed=schedule.seed + fold), prior_logits_3=np.zeros(3), check=check,
+            )  # fmt: skip
+            networks.append(trained.network)
+
+        def said(told_examples: Examples) -> np.ndarray:
+            everything = np.arange(len(told_examples))
+            return np.stack([logits(network, told_examples, everything) for network in networks])
+
+        def answer(later: Examples, wanted_M: np.ndarray, offset_XT: np.ndarray) -> np.ndarray:
+            at = of_users_with(later, wanted_M[:, None])
+            return said(told(subset(later, at))).mean(axis=0)[wanted_M[at]]
+
+        said_KMT, learned_M = said(own), examples.learn_MT.any(axis=1)
+        out_MT = said_KMT.mean(axis=0)
+        out_MT[learned_M] = said_KMT[fold_M, np.arange(len(examples))][learned_M]
+        return Member(out_MT, answer)
+
+    return fit
 
 
 def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], dict[str, str]]:

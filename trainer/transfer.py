@@ -72,6 +72,8 @@ REHEARSALS = 4
 """Draws of users on each platform that stands in for the target."""
 GROUPS = 20
 """Of users, at most, in the guard's jackknife."""
+SOURCE_STRANGERS = 0.3
+"""Share of users whom a source learns from as if of an unknown platform."""
 REVERSED = 0.1
 """How much of the critic's gradient, reversed, reaches the body."""
 
@@ -133,7 +135,8 @@ def pretrain(
     check: Check = lambda: None,
 ) -> Network:
     """A network that learns to serve platforms it has not seen: of `rest`, with one shared head (row 0) and no word on
-    which platform an event is from, except its standardisation and its base rates."""
+    which platform an event is from, except its standardisation and its base rates. Of so many users as SOURCE_STRANGERS not
+    even the standardisation is the platform's own: what is learned of them does not lean on it."""
     torch.manual_seed(schedule.seed)
     student = Student(config, schedule.dropout)
     student.fit_normalisation(rest.columns.features_NF.numpy(), rest.platform_M)
@@ -142,7 +145,7 @@ def pretrain(
     with torch.no_grad():
         student.platform.weight.zero_()
     with _rows_only(network, 0, biases=False) as rows:
-        fit(network, rows + _body(student), rest, q_MG, schedule, check=check)
+        fit(network, rows + _body(student), rest, q_MG, schedule._replace(stranger=SOURCE_STRANGERS), check=check)
     return network
 
 
