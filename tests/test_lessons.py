@@ -52,7 +52,8 @@ def late(history, config):
     return examples_until(history, config, 0.2)
 
 
-def lessons_of(folder, **trainer) -> Lessons:
+def lessons_of(folder, teacher_recurrence: bool = False, **trainer) -> Lessons:
+    trainer |= {"teacher_recurrence": teacher_recurrence}
     return Lessons(HistoryStore(str(folder)), Settings(trainer=TrainerConfig(**trainer)))
 
 
@@ -72,7 +73,7 @@ def fitted(folder, early, history):
 def test_a_fit_asks_of_every_event_and_says_who_was_kept(fitted, early):
     lessons, heard = fitted
     assert heard.asked == len(lessons) == len(early[0])
-    assert set(heard.members) == {"boosting", "randomised", "logistic", "recurrence"} and any(heard.members.values())
+    assert set(heard.members) == {"boosting", "randomised", "logistic"} and any(heard.members.values())
     assert np.isfinite(heard.soft_MT[early[0].learn_MT]).mean() > 0.9
 
 
@@ -159,11 +160,22 @@ def test_psi_of_known_cases():
     assert halves == pytest.approx(0.3 * np.log(0.8 / 0.5) - 0.3 * np.log(0.2 / 0.5), rel=0.02)
 
 
+def test_the_recurrence_is_a_further_member_that_answers_too(tmp_path, early, late, history, monkeypatch):
+    monkeypatch.setattr(teachers, "choose", lambda examples, members: (tuple(members), dict.fromkeys(members, "kept")))
+    assert TrainerConfig().teacher_recurrence
+    lessons = lessons_of(tmp_path, teacher_recurrence=True)
+    heard = lessons.fit(*early, history.platforms, NOW_MS)
+    assert set(heard.members) == {"boosting", "randomised", "logistic", "recurrence"}
+    later = lessons.hear(*late, history.platforms)
+    new = ~np.isin(late[1], early[1])
+    assert later.asked == new.sum() and np.isfinite(later.soft_MT[new][:, 2]).mean() > 0.9
+
+
 def test_a_transformer_is_a_further_member_that_answers_too(tmp_path, early, late, history, monkeypatch):
     monkeypatch.setattr(teachers, "choose", lambda examples, members: (tuple(members), dict.fromkeys(members, "kept")))
     lessons = lessons_of(tmp_path, teacher_transformer="cpu")
     heard = lessons.fit(*early, history.platforms, NOW_MS)
-    assert set(heard.members) == {"boosting", "randomised", "logistic", "recurrence", "transformer"}
+    assert set(heard.members) == {"boosting", "randomised", "logistic", "transformer"}
     later = lessons.hear(*late, history.platforms)
     new = ~np.isin(late[1], early[1])
     assert later.asked == new.sum() and np.isfinite(later.soft_MT[new][:, 2]).mean() > 0.9

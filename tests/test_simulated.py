@@ -107,6 +107,12 @@ def test_mixes_that_agree_are_no_distance_apart_and_those_that_share_nothing_are
     assert far[:2] == pytest.approx([0.0, 1.0], abs=1e-6) and np.isfinite(far).all()
 
 
+def test_scores_are_standardised_on_the_learned_events_of_each_platform():
+    score, platform = np.array([1.0, 3.0, 9.0, 5.0, 5.0]), np.array([1, 1, 1, 2, 2])
+    out = simulated.standardised(score, platform, np.array([True, True, False, True, True]))
+    np.testing.assert_allclose(out, [-1.0, 1.0, 7.0, 0.0, 0.0])
+
+
 def test_a_users_own_rate_knows_only_what_had_matured():
     user, ts, y = np.array([0, 0, 0, 1]), np.array([0, 5, 10, 20]), np.ones(4)
     rate = simulated._own_rate(user, ts, y, np.array([True, True, True, True]), 10, 0.5, 1.0)

@@ -178,6 +178,7 @@ async def test_an_incumbent_that_cannot_be_loaded_does_not_stop_the_trainer(sett
     assert load(settings, two).version == second.version
 
 
+@pytest.mark.usefixtures("one_copy")
 @pytest.mark.broker
 async def test_the_second_model_distils_a_teacher_and_later_rounds_ask_only_of_new_events(settings, monkeypatch, tmp_path):
     real = run._decide
