@@ -19,7 +19,7 @@ from benchmarks.datasets import TASKS, TEST
 from trainer import boosting
 from trainer.fit import Schedule
 from trainer.rates import matured_counts, rate_features
-from trainer.teacher import choose, recurrence
+from trainer.teacher import Kept, Reasons, choose, mean_of, recurrence
 
 PLAIN = Schedule(epochs=10, batch_events=1024, rate=2e-3, patience=3, dropout=0.3)
 """The undistilled student's, chosen on validation: log-loss .5097; .5122 in batches of 4,096."""
@@ -29,13 +29,13 @@ events of which the teacher was not asked (DECISIONS.md)."""
 BASELINES = ("boosting", "boosting_tuned", "logistic")
 
 
-def models_of(bench: Bench, seeds: range, trials: int) -> tuple[dict[str, list[np.ndarray]], list[str], dict[str, str]]:
+def models_of(bench: Bench, seeds: range, trials: int) -> tuple[dict[str, list[np.ndarray]], Kept, Reasons]:
     """→ the main table's models, each a list of seeds; the teacher's members; why each was kept or dropped."""
     models = {"base_rate": [base_rate(bench)], "user_rate": [cached(bench, "user_rate", lambda: user_rate(bench))]}
     members = members_of(bench)
     models |= {"logistic": [members["logistic"]], "boosting": [fixed(bench)], "boosting_tuned": [tuned(bench, trials)]}
     kept, reasons = choose(bench.examples, members)
-    models["teacher"] = [np.mean([members[name] for name in kept], axis=0)]
+    models["teacher"] = [mean_of(members, kept, bench.examples.platform_M)]
     models["student"] = [student(bench, "student", PLAIN._replace(seed=s)) for s in seeds]
     soft_MT = heard(bench, models["teacher"][0])
     models["distilled"] = [student(bench, "distilled", DISTIL._replace(seed=s), soft_MT) for s in seeds]

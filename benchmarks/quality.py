@@ -167,7 +167,7 @@ def tables(figures: dict, models: list[str]) -> str:
     lines += ["", "Calibration of the distilled student, calibrated anew with matured labels:", ""]
     lines += ["![calibration](plots/calibration.svg)"]
     lines += ["", "## The teacher's members", ""]
-    lines += [f"- {name}: {reason}" for name, reason in figures["teacher"]["reasons"].items()]
+    lines += [f"- {name}: {reason}" for name, reason in figures["teacher"].items()]
     wrong = [f"- {name}: {what}" for name, what in figures["canaries"].items()]
     lines += ["", "## Canaries", "", *(wrong or ["None tripped: shuffled labels, planted future, single features, replay."])]
     return "\n".join(lines)
@@ -225,14 +225,16 @@ def main_table(bench: Bench, quick: bool) -> tuple[Section, dict[str, str]]:
     """→ the section; canaries that tripped."""
     seeds, draws = range(1 if quick else 3), 100 if quick else 400
     wrong = canaries(bench)
-    models, kept, reasons = models_of(bench, seeds, 4 if quick else 12)
+    models, _, reasons = models_of(bench, seeds, 4 if quick else 12)
+    platforms = bench.data.history.platforms
+    why = {f"{platforms[row - 1]}, {member}": reason for (row, member), reason in reasons.items()}
     cells = judge(bench, models, draws)
     for figure in ("auc", "log_loss"):
         note(f"{figure}\n{table(cells, list(models), figure)}")
     curves = {" ".join(key): tuple(cell["models"]["distilled"]["refreshed_curve"]) for key, cell in cells.items()}
     if not quick:  # the committed plot is of the whole
         plots.calibration("calibration", curves)
-    figures = {"cells": cells, "teacher": {"kept": kept, "reasons": reasons}, "canaries": wrong}
+    figures = {"cells": cells, "teacher": why, "canaries": wrong}
     figures |= {"seeds": len(seeds), "draws": draws}
     return Section(bars(cells, student_config(bench.data)), figures, tables(figures, list(models))), wrong
 

@@ -44,7 +44,7 @@ from trainer.fit import Network, Schedule
 from trainer.history import History
 from trainer.labels import horizons_ms, make_labels
 from trainer.rates import matured_counts, rate_features
-from trainer.teacher import choose, recurrence
+from trainer.teacher import choose, mean_of, recurrence
 from trainer.train import Trained, affine, train
 from trainer.transformer import TransformerConfig
 from trainer.transformer_fit import fit_transformer
@@ -424,10 +424,10 @@ def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]
         lambda: recurrence(student_config(), PLAIN)(rated, np.empty(0)).logits_MT,
     )
     models["student"] = student(bench, world.history, "plain", PLAIN)
-    kept, reasons = choose(bench.examples, members)
-    note(f"teacher: {reasons}")
+    kept, _ = choose(bench.examples, members)
+    note(f"teacher: {kept}")
     models["transformer"] = members["transformer"]
-    models["teacher"] = np.mean([members[name] for name in kept], axis=0)
+    models["teacher"] = mean_of(members, kept, bench.examples.platform_M)
     taught_MT = (
         ~np.isnan(models["teacher"]) & (world.day_M >= PARTS[TRAIN][0])[:, None] & (world.day_M < PARTS[TEST][0])[:, None]
     )

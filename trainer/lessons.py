@@ -58,7 +58,7 @@ class Heard(NamedTuple):
     asked: int
     """Events asked now."""
     members: dict[str, bool] | None
-    """Member → kept; None where no teacher was fitted now."""
+    """Member → kept on some platform; None where no teacher was fitted now."""
 
 
 class Lessons:
@@ -118,8 +118,9 @@ class Lessons:
             config = StudentConfig.of("cpu", n_features, platforms, heads)
             more["recurrence"] = recurrence(config, RECURRENCE._replace(seed=options.seed), check)
         teaching = teach(examples, threads=options.threads, more=more, check=check)
-        for name, reason in teaching.reasons.items():
-            log.info("teacher's member", member=name, kept=name in teaching.kept, reason=reason)
+        for (row, name), reason in teaching.reasons.items():
+            platform = platforms[row - 1] if row else None
+            log.info("teacher's member", platform=platform, member=name, kept=name in teaching.kept[row], reason=reason)
         earlier = self._paths()
         # Later than all that lies there, also what could not be read.
         self._fitted_ms = max([now_ms, *(int(_FILE.search(path)[1]) + 1 for path in earlier)])
@@ -130,7 +131,7 @@ class Lessons:
         self._keep(id_M, teaching.logits_MT, examples.tasks)
         for path in earlier:
             self._store.fs.rm_file(path)
-        members = {name: name in teaching.kept for name in teaching.members_MT}
+        members = {name: any(name in names for names in teaching.kept.values()) for name in teaching.members_MT}
         return Heard(_or_none(teaching.logits_MT), len(examples), members)
 
     def hear(self, examples: Examples, id_M: np.ndarray, platforms: tuple[str, ...], words: Words | None = None) -> Heard:

@@ -4,10 +4,10 @@
     a causal transformer (trainer/transformer.py), a residual on it ◄──────┘ ──────────────────────────┤   members that
     the recurrence: the student's own network, undistilled ────────────────────────────────────────────┘   help
 
-A member that does not lower the log-loss on the examples to check by is dropped, and the reason says so. Trees and the
-recurrence also look at the user's own matured label rates, which the student's row has no place for. Of an event that it
-learned from, a member says what copies say that have not seen its user; of an event that comes later it is asked itself
-(`Teaching.answer`), and what it says of it cannot have been learned from its label.
+A member that does not lower a platform's log-loss on the examples to check by is dropped there, and the reason says so.
+Trees and the recurrence also look at the user's own matured label rates, which the student's row has no place for. Of an
+event that it learned from, a member says what copies say that have not seen its user; of an event that comes later it is
+asked itself (`Teaching.answer`), and what it says of it cannot have been learned from its label.
 
 Shapes: M examples, T tasks. Knows nothing of the student, the gate or Kafka.
 """
@@ -25,9 +25,9 @@ import torch
 from models.config import FoldConfig
 from models.student import StudentConfig
 from trainer import boosting
-from trainer.examples import Check, Examples, check_loss
+from trainer.examples import Check, Examples
 from trainer.fit import Schedule, logits, of_users_with
-from trainer.train import LEAST_ANCHORS, LEAST_OF_A_CLASS, train
+from trainer.train import LEAST_ANCHORS, LEAST_OF_A_CLASS, affine, train
 from trainer.transfer import subset
 
 RECURRENCE = Schedule(epochs=10, batch_events=1024, rate=2e-3, patience=3, dropout=0.3)
@@ -54,6 +54,12 @@ MoreMember = Callable[[Examples, np.ndarray], Member]
 """(examples, offset (M, T), NaN where there is none) → the member."""
 
 
+Kept = Mapping[int, tuple[str, ...]]
+"""Row of a platform → the members that speak of its events."""
+Reasons = Mapping[tuple[int, str], str]
+"""(row of a platform, member) → why it was kept or dropped there, with the numbers."""
+
+
 class Teaching(NamedTuple):
     """What the teacher says, and what it is made of."""
 
@@ -61,9 +67,8 @@ class Teaching(NamedTuple):
     """float32; NaN where a platform × task is not taught."""
     members_MT: dict[str, np.ndarray]
     """Logits of every member, of dropped ones too."""
-    kept: tuple[str, ...]
-    reasons: dict[str, str]
-    """Member → why it was kept or dropped, with the numbers."""
+    kept: Kept
+    reasons: Reasons
     answer: Callable[[Examples, np.ndarray], np.ndarray]
     """(examples, wanted (M,) bool) → logits (wanted, T) of those kept, of examples that come later."""
 
@@ -86,18 +91,20 @@ def teach(
         fitted[name] = member._replace(logits_MT=own_MT)
     members = {name: member.logits_MT for name, member in fitted.items()}
     kept, reasons = choose(examples, members)
+    speaking = [name for name in fitted if any(name in names for names in kept.values())]
 
     def answer(later: Examples, wanted_M: np.ndarray) -> np.ndarray:
-        everywhere_M = np.ones(len(later), bool) if any(fitted[name].offset_everywhere for name in kept) else wanted_M
+        everywhere_M = np.ones(len(later), bool) if any(fitted[name].offset_everywhere for name in speaking) else wanted_M
         first = {name: fitted[name].answer(later, everywhere_M, np.empty(0)) for name in _FIRST if name in fitted}
         offset_XT = _mean([*first.values()])
-        said = [
-            first[name][wanted_M[everywhere_M]] if name in first else fitted[name].answer(later, wanted_M, offset_XT)
-            for name in kept
-        ]
-        return np.where(np.isnan(offset_XT[wanted_M[everywhere_M]]), np.nan, _mean(said)).astype(np.float32)
+        said = {
+            name: first[name][wanted_M[everywhere_M]] if name in first else fitted[name].answer(later, wanted_M, offset_XT)
+            for name in speaking
+        }
+        mean_XT = mean_of(said, kept, later.platform_M[wanted_M])
+        return np.where(np.isnan(offset_XT[wanted_M[everywhere_M]]), np.nan, mean_XT)
 
-    return Teaching(_mean([members[name] for name in kept]), members, kept, reasons, answer)
+    return Teaching(mean_of(members, kept, examples.platform_M), members, kept, reasons, answer)
 
 
 class _First(NamedTuple):
@@ -198,15 +205,33 @@ def recurrence(config: StudentConfig, schedule: Schedule = RECURRENCE, check: Ch
     return fit
 
 
-def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """→ (members kept, reasons). Begins with all of them; drops, one after another, the one whose absence lowers the mean
-    log-loss of the mean logit most, while that does not raise it. Without examples to check by all are kept."""
+def mean_of(members: Mapping[str, np.ndarray], kept: Kept, platform_M: np.ndarray) -> np.ndarray:
+    """(M, T) float32: the mean logit of each event's platform's members."""
+    out_MT = np.full(next(iter(members.values())).shape, np.nan, np.float32)
+    for row, names in kept.items():
+        own_M = platform_M == row
+        out_MT[own_M] = _mean([members[name][own_M] for name in names])
+    return out_MT
+
+
+def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[Kept, Reasons]:
+    """→ (members kept, reasons), for each platform. Begins with all of them; drops, one after another, the one whose absence
+    lowers the log-loss of the mean logit most, while that does not raise it. Where there are no examples to check by all are
+    kept."""
+    kept, reasons = {}, {}
+    for row in np.unique(examples.platform_M).tolist():
+        kept[row], why = _choose(examples, members, row)
+        reasons |= {(row, name): reason for name, reason in why.items()}
+    return kept, reasons
+
+
+def _choose(examples: Examples, members: Mapping[str, np.ndarray], row: int) -> tuple[tuple[str, ...], dict[str, str]]:
     kept, reasons = list(members), {}
-    loss = _loss_of_mean(examples, members, kept)
+    loss = _loss_of_mean(examples, members, kept, row)
     if np.isnan(loss):
         return tuple(kept), dict.fromkeys(kept, "kept: there is nothing to check by")
     while len(kept) > 1:
-        without = {name: _loss_of_mean(examples, members, [k for k in kept if k != name]) for name in kept}
+        without = {name: _loss_of_mean(examples, members, [k for k in kept if k != name], row) for name in kept}
         worst = min(without, key=without.__getitem__)
         if without[worst] > loss:
             reasons |= {name: f"kept: log-loss {loss:.5f}, {without[name]:.5f} without it" for name in kept}
@@ -218,7 +243,14 @@ def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[tuple
     return tuple(kept), reasons
 
 
-def _loss_of_mean(examples: Examples, members: Mapping[str, np.ndarray], names: list[str]) -> float:
-    """`check_loss` of the mean logit, where something is taught."""
-    mean_MT = np.mean([members[name] for name in names], axis=0)
-    return check_loss(examples, mean_MT, examples.check_MT & ~np.isnan(mean_MT))
+def _loss_of_mean(examples: Examples, members: Mapping[str, np.ndarray], names: list[str], row: int) -> float:
+    """Mean over tasks of the log-loss of the mean logit on the platform's examples to check by, once calibrated on them:
+    what the student says is calibrated too, so a member is not dropped for its scale. NaN of none."""
+    losses = []
+    for task in range(len(examples.tasks)):
+        own = np.flatnonzero(examples.check_MT[:, task] & (examples.platform_M == row))
+        z, y = np.mean([members[name][own, task] for name in names], axis=0), examples.y_MT[own, task]
+        if len(own) and not np.isnan(z).any():
+            slope, offset = affine(z, y, (1.0, 0.0), examples.user_M[own])
+            losses.append(float((np.logaddexp(0.0, slope * z + offset) - y * (slope * z + offset)).mean()))
+    return float(np.mean(losses)) if losses else float("nan")
