@@ -167,7 +167,7 @@ def tables(figures: dict, models: list[str]) -> str:
     lines += ["", "Calibration of the distilled student, calibrated anew with matured labels:", ""]
     lines += ["![calibration](plots/calibration.svg)"]
     lines += ["", "## The teacher's members", ""]
-    lines += [f"- {name}: {reason}" for name, reason in figures["teacher"].items()]
+    lines += [f"- {name}: {reason}" for name, reason in figures["teacher"]["reasons"].items()]
     wrong = [f"- {name}: {what}" for name, what in figures["canaries"].items()]
     lines += ["", "## Canaries", "", *(wrong or ["None tripped: shuffled labels, planted future, single features, replay."])]
     return "\n".join(lines)
@@ -234,7 +234,7 @@ def main_table(bench: Bench, quick: bool) -> tuple[Section, dict[str, str]]:
     curves = {" ".join(key): tuple(cell["models"]["distilled"]["refreshed_curve"]) for key, cell in cells.items()}
     if not quick:  # the committed plot is of the whole
         plots.calibration("calibration", curves)
-    figures = {"cells": cells, "teacher": why, "canaries": wrong}
+    figures = {"cells": cells, "teacher": {"reasons": why}, "canaries": wrong}
     figures |= {"seeds": len(seeds), "draws": draws}
     return Section(bars(cells, student_config(bench.data)), figures, tables(figures, list(models))), wrong
 
