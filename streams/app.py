@@ -365,12 +365,14 @@ class Worker:
 
     async def _fetched(self, stream: Any, most: int) -> AsyncIterator[list[Any]]:
         """The messages that are there: as many as bring `most` records or a fetch's bytes together, at least one. A small
-        micro-batch costs as much as some hundred events, so the partitions of one fetch make one."""
+        micro-batch costs as much as some hundred events, so the partitions of one fetch make one. Where the stream ends
+        meanwhile (the worker stops), what was gathered is left: it is not committed, and comes again."""
         events, queue = stream.events(), stream.channel.queue
         async for event in events:
             messages, records, size = [event.message], len(event.value), event.value.nbytes
             while records < most and size < _FETCH_BYTES and await _soon(queue):
-                event = await anext(events)
+                if (event := await anext(events, None)) is None:
+                    return
                 messages.append(event.message)
                 records, size = records + len(event.value), size + event.value.nbytes
             yield messages

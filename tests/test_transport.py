@@ -1,6 +1,7 @@
 """The consumer beside full buffers, what Faust waits for and how long; how what was fetched becomes micro-batches."""
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams.app import CrosscurrentApp
+from streams.app import CrosscurrentApp, Worker
 from streams.codec import Fetched
 from streams.transport import Consumer, batches, register
 from streams.wire import Records, Spans
@@ -114,3 +115,17 @@ def test_joined_partitions_are_their_records_one_after_another(parts: list[list[
     assert list(zip(*columns, strict=True)) == due
     assert all(isinstance(spans, Spans) and spans.at.dtype == np.int64 for spans in joined[:2])
     assert joined.keys.length.dtype == joined.values.length.dtype == np.int32
+
+
+async def test_a_stream_that_ends_while_messages_are_gathered_is_no_crash():
+    """As where a worker is told to stop between two partitions of a fetch: the half gathered comes again."""
+
+    async def events(n: int):
+        for i in range(n):
+            yield SimpleNamespace(message=i, value=np.zeros(3))
+
+    queue = asyncio.Queue()
+    queue.put_nowait("there is always more, it seems")
+    for n, gathered in ((4, [[0, 1], [2, 3]]), (3, [[0, 1]])):
+        stream = SimpleNamespace(events=lambda n=n: events(n), channel=SimpleNamespace(queue=queue))
+        assert [messages async for messages in Worker._fetched(None, stream, 6)] == gathered
