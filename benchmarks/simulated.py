@@ -27,7 +27,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from numba import njit
 
-from benchmarks import datasets, observer
+from benchmarks import datasets, interest, observer
 from benchmarks.cells import CODE, Bench, Section, bar, cached, difference, digest, logit, named, note, table
 from benchmarks.datasets import DAY_MS, ROOT, TEST, TRAIN, VALIDATE
 from models.artifact import load_prior
@@ -65,6 +65,7 @@ PLAIN = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=2, dropout=0.3
 DISTIL = Schedule(epochs=12, batch_events=4096, rate=3e-3, soft_weight=0.9)
 RESIDUAL = Schedule(epochs=8, batch_events=2048, rate=2e-3, patience=3)
 LIGHTGBM = ("boosting", "boosting_tuned")
+SHIFT_HEADS = ("mixes", "features and mixes")
 SHIFT_BASELINES = ("main_share", "entropy", "short_vs_long", "user_rate", "logistic", *LIGHTGBM)
 
 
@@ -531,6 +532,7 @@ def shifted(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[di
     }
     learn_M = known_M & (world.part_M == TRAIN)
     scores["both"] = sum(standardised(scores[name], examples.platform_M, learn_M) for name in ("served", "distilled"))
+    scores |= shift_heads(world, learn_M)
     cells = {}
     for row, platform in enumerate(PLATFORMS, start=1):
         at = np.flatnonzero(known_M & (world.part_M == TEST) & (examples.platform_M == row))
@@ -548,7 +550,7 @@ def shifted(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[di
         name: float(
             np.mean([metrics.auc(y_M[of], scores[name][of]) for of in (check_M & (examples.platform_M == r) for r in rows)])
         )
-        for name in ("served", "student", "distilled", "both")
+        for name in ("served", "student", "distilled", "both", *SHIFT_HEADS)
     }
     ours = max(validation, key=validation.__getitem__)
     gain = difference(cells, ours, SHIFT_BASELINES)
@@ -567,7 +569,9 @@ def shifted(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[di
         "platform, impressions apart; ties are no shift). Anchors: events with at least "
         f"{LEAST_BEFORE} acts before and {LEAST_AFTER} after, {known_M.mean():.0%} of all. *served*: the record's "
         "`interest_shift`; *student*, *distilled*: a head that exists while learning; *both*: the mean of *served* and "
-        "*distilled*, each standardised on the training days of a platform. Of these four the bar takes "
+        "*distilled*, each standardised on the training days of a platform; *mixes*, *features and mixes*: a linear head on "
+        "what the row's mixes and ring say of each other (`benchmarks/interest.py`), without and with the rolling features "
+        "(the row holds both; no worker serves it). Of these six the bar takes "
         f"*{ours}*, best on the validation days ({', '.join(f'{k} {v:.4f}' for k, v in validation.items())}), and of the "
         "baselines the best in each cell on test.",
         "",
@@ -585,6 +589,17 @@ def shifted(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[di
         f"over {single}": list(alone),
     }
     return bars, figures, "\n".join(lines)
+
+
+def shift_heads(world: World, learn_M: np.ndarray) -> dict[str, np.ndarray]:
+    """Linear heads on what the row's mixes say of each other, without and with the rolling features: (M,) each."""
+    examples = world.examples
+    mixes_MA = interest.agreement(examples.views_M, examples.platform_M, interest.platform_of_category(world.history))
+    both_MX = np.concatenate([mixes_MA, examples.columns.features_NF.numpy()], axis=1)
+    return {
+        name: interest.head(inputs_MX, world.shift.y_N, learn_M, examples.platform_M)
+        for name, inputs_MX in zip(SHIFT_HEADS, (mixes_MA, both_MX), strict=True)
+    }
 
 
 def standardised(score_M: np.ndarray, platform_M: np.ndarray, learn_M: np.ndarray) -> np.ndarray:
