@@ -42,9 +42,9 @@ def platform_of_category(history: History) -> tuple[np.ndarray, np.ndarray]:
 
 
 def agreement(views_M: np.ndarray, platform_M: np.ndarray, of_category: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """(M, len(NAMES)) float64 of views as `models.categories.take_view` makes them, of the categories that are of the event's
-    own platform (`of_category`, see `platform_of_category`): a linked person's row has those of others, too. Shares of an
-    empty mix or ring are 0."""
+    """(M, len(NAMES)) float64 of views as `models.categories.take_view` makes them. Categories of the event's own platform
+    count (`of_category`, see `platform_of_category`): a linked person's row has those of others, too. Shares of an empty
+    mix or ring are 0."""
     ring_MK, filled = views_M["ring_category"], views_M["n"]
 
     def own(category_MX: np.ndarray) -> np.ndarray:
@@ -94,7 +94,7 @@ def _normalised(weight_MX: np.ndarray) -> np.ndarray:
 
 
 def head(inputs_MX: np.ndarray, y_M: np.ndarray, learn_M: np.ndarray, platform_M: np.ndarray) -> np.ndarray:
-    """(M,) float32 logits of a ridge for each platform, learned from the events of `learn_M` (bool); NaN where it has none."""
+    """(M,) float32 logits of each platform's ridge, which learns from the events of `learn_M` (bool); NaN without any."""
     out_M = np.full(len(y_M), np.nan, np.float32)
     for row in np.unique(platform_M[learn_M]):
         of = np.flatnonzero(platform_M == row)
