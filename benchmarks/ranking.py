@@ -26,7 +26,7 @@ from numba import njit
 from scipy import sparse
 from sklearn.linear_model import Ridge
 
-from benchmarks import datasets
+from benchmarks import datasets, interest
 from benchmarks.baselines import DISTIL, fixed, heard, models_of
 from benchmarks.cells import (
     Bench,
@@ -619,7 +619,7 @@ def _ridge(x_NF: np.ndarray, y: np.ndarray, learn: np.ndarray, check: np.ndarray
 def shift(bench: Bench, table: CategoryTable, gates_MG: np.ndarray, draws: int) -> dict[str, dict]:
     """AUC of: the user's main category over the next 7 days is not that of the last 30."""
     examples, data = bench.examples, bench.data
-    out = {}
+    of_category, out = interest.platform_of_category(data.history), {}
     for platform in SHIFT:
         of = np.flatnonzero(examples.platform_M == 1 + data.history.platforms.index(platform))
         index_N = examples.index_M[of]
@@ -628,11 +628,14 @@ def shift(bench: Bench, table: CategoryTable, gates_MG: np.ndarray, draws: int) 
         use_N = anchor_N & ~np.isnan(y)
         learn, at = np.flatnonzero(use_N & (split_N == TRAIN)), np.flatnonzero(use_N & (split_N == TEST))
         x_NF, user = examples.columns.features_NF.numpy()[of], examples.user_M[of[at]]
+        mixes_NA = interest.agreement(examples.views_M[of], examples.platform_M[of], of_category)
+        both_NX, learn_N = np.concatenate([mixes_NA, x_NF], axis=1), np.isin(np.arange(len(of)), learn)
         *_, served_N = table.predict(examples.views_M[of[at]], examples.platform_M[of[at]], gates_MG[of[at]])
         scores = {
             "served interest_shift": np.nan_to_num(served_N, nan=0.5),
             "category entropy of 30 d": entropy_N[at],
             "LightGBM": boosting.fit_boosting(x_NF[learn], y[learn], threads=bench.threads)(x_NF[at]),
+            "features and mixes, linear": interest.head(both_NX, y, learn_N, examples.platform_M[of])[at],
             "LightGBM + entropy": boosting.fit_boosting(
                 np.c_[x_NF, entropy_N][learn], y[learn], threads=bench.threads
             )(np.c_[x_NF, entropy_N][at]),
@@ -762,7 +765,7 @@ def text(figures: dict, draws: int) -> str:
         f"{LEAST_EVENTS} events with "
         "a category in both. A trip or invoice is one event here, so few weeks have three, and one event "
         "decides much: report "
-        "only; the bar is on the simulator.",
+        "only; the bar is on the simulator. *features and mixes, linear*: `benchmarks/interest.py`.",
     ]
     for platform, cell in figures["shift"].items():
         values = "; ".join(f"{name} {_bracketed(own['auc'])}" for name, own in cell["models"].items())

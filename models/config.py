@@ -172,7 +172,7 @@ class TrainerConfig(_Section):
     teacher_every_s: Positive = 86400.0
     """Age at which another teacher is fitted; drift and twice as many examples do the same."""
     teacher_recurrence: bool = True
-    """Whether the student's own network, undistilled, is among the teacher's members. Three of them are trained for it."""
+    """Whether the student's own network, undistilled, is among the teacher's members. Five of them are trained for it."""
     teacher_transformer: Literal["cpu", "gpu-small", "gpu", "large"] | None = None
     """Size of a causal transformer beside boosting and regression; None: none. It takes far longer than they do."""
     teacher_texts: bool = False
@@ -181,7 +181,7 @@ class TrainerConfig(_Section):
     """Of a major version that distils; a minor one takes `epochs`."""
     distil_batch_events: Annotated[int, Field(ge=64)] = 512
     distil_rate: Positive = 3e-3
-    distil_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    distil_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     distil_cut: Annotated[float, Field(ge=0, le=1)] = 1 / 64
     """Chance, at each event, that the student's state starts from zero there: it may have to be rebuilt from the ring."""
     distil_weight: Annotated[float, Field(ge=0, le=1)] = 0.9

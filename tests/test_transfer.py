@@ -78,6 +78,20 @@ def of(network):
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
+def test_what_no_platform_of_the_source_knows_says_nothing_on_the_target(task, examples):
+    """Favourites are of the target alone."""
+    features = examples.columns.features_NF.clone()
+    own = examples.platform_M == task.row
+    features[:, 7] = torch.from_numpy(np.where(own, np.arange(len(examples)) % 5, 3.0)).float()
+    known = dataclasses.replace(examples, columns=examples.columns._replace(features_NF=features))
+    rest = subset(known, np.flatnonzero(~own))
+    source = pretrain(rest, task.q_rest_MG, task.source.student.config, FEW)
+    assert not source.student.embed.weight[:, 7].any() and source.student.embed.weight[:, :7].any(dim=0).any()
+    said = logits(adopt(source, task.row, rest), known, np.arange(len(known)))
+    features[:, 7] = 3.0
+    np.testing.assert_array_equal(logits(adopt(source, task.row, rest), known, np.arange(len(known))), said)
+
+
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_rung_changes_what_it_claims_and_no_other_byte(task, networks, name):
     whole, by_row, which = CLAIMS[name]

@@ -33,8 +33,9 @@ FIXED = {
 }
 RANDOMISED = {**FIXED, "extra_trees": True, "feature_fraction": 0.6}
 ROUNDS, RANDOMISED_ROUNDS = 80, 120
-SEEDS, FOLDS = (0, 1), 4
+SEEDS = (0, 1)
 BAG_EVENTS, MOST_BAGS = 200_000, 4
+LEAST_FOLDS, MOST_FOLDS = 4, 10
 _QUIET = {"verbose": -1, "max_bin": 63, "deterministic": True, "force_row_wise": True}
 MAX_LOGIT = 9.2
 """Logits are clipped to ± this: a probability of 1e-4."""
@@ -64,15 +65,16 @@ def cross_fit(
     threads: int = 1,
     check: Check = lambda: None,
 ) -> CrossFitted | None:
-    """Fits one of the `fit_…` on the events of `learn_M` (bool), users whole in each fold; a fold's copies are the mean over
-    half of the seeds. None where only one outcome occurs."""
+    """Fits one of the `fit_…` on the events of `learn_M` (bool), users whole in each of `folds`; a fold's copies are the
+    mean over half of the seeds. None where only one outcome occurs."""
     if not _both(y_M[learn_M]):
         return None
     check()
     predict = fit(features_MF[learn_M], y_M[learn_M], seeds=seeds, threads=threads)
     fewer = seeds[: (len(seeds) + 1) // 2]
-    logit_M, fold_M = predict(features_MF), user_M * 7919 % FOLDS
-    for fold in range(FOLDS):
+    parts = folds(int(learn_M.sum()))
+    logit_M, fold_M = predict(features_MF), user_M * 7919 % parts
+    for fold in range(parts):
         check()
         own_M, rest_M = learn_M & (fold_M == fold), learn_M & (fold_M != fold)
         if own_M.any() and _both(y_M[rest_M]):
@@ -84,6 +86,12 @@ def bag(n: int) -> tuple[int, ...]:
     """Seeds of the copies whose mean logit a member of the teacher is, where n events are learned from: of few events much
     of what one copy says is chance, and copies cost little."""
     return tuple(range(int(np.clip(BAG_EVENTS // max(n, 1), 2, MOST_BAGS))))
+
+
+def folds(n: int) -> int:
+    """Into how many parts the users of n events are cut: of few events a copy without a quarter of them says less than the
+    model that answers later, and the student would learn from the lesser one."""
+    return int(np.clip(BAG_EVENTS // max(n, 1), LEAST_FOLDS, MOST_FOLDS))
 
 
 def fit_boosting(features_MF: np.ndarray, y_M: np.ndarray, *, seeds: tuple[int, ...] = SEEDS, threads: int = 1) -> Predict:

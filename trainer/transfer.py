@@ -53,6 +53,8 @@ from trainer.train import Trained, calibrate, category_targets, start_at_base_ra
 
 RANK = 4
 """Of a low-rank change."""
+LEAST_STD = 1e-3
+"""A feature that varies less is constant, as for `Student.fit_normalisation`: it stays on its own scale."""
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BLOCKS: dict[str, tuple[str, ...]] = {
     "tables": ("student.item.weight", "student.category.weight", "student.platform.weight"),
@@ -144,9 +146,20 @@ def pretrain(
     start_at_base_rates(network, rest)
     with torch.no_grad():
         student.platform.weight.zero_()
+        student.embed.weight[:, : config.n_features][:, _constant(rest)] = 0.0
     with _rows_only(network, 0, biases=False) as rows:
         fit(network, rows + _body(student), rest, q_MG, schedule._replace(stranger=SOURCE_STRANGERS), check=check)
     return network
+
+
+def _constant(examples: Examples) -> np.ndarray:
+    """(F,) bool: features that vary on no platform. No gradient reaches their weights, which stay as they began: where a
+    target has such a feature (views, of which the others know nothing) it would speak by chance."""
+    features_MF = examples.columns.features_NF.numpy()
+    varies_F = np.zeros(features_MF.shape[1], bool)
+    for row in np.unique(examples.platform_M):
+        varies_F |= features_MF[examples.platform_M == row].std(axis=0, dtype=np.float64) >= LEAST_STD
+    return ~varies_F
 
 
 def adopt(source: Network, row: int, own: Examples, least: int = 64) -> Network:
@@ -168,7 +181,7 @@ def _standardise(student: Student, row: int, features_NF: np.ndarray, least: int
     if len(features_NF) >= least:
         std_F = features_NF.std(axis=0, dtype=np.float64)
         student.feature_mean_PF[row] = torch.from_numpy(features_NF.mean(axis=0, dtype=np.float64))
-        student.feature_std_PF[row] = torch.from_numpy(np.where(std_F < 1e-3, 1.0, std_F))
+        student.feature_std_PF[row] = torch.from_numpy(np.where(std_F < LEAST_STD, 1.0, std_F))
     else:
         student.feature_mean_PF[row] = student.feature_mean_PF[0]
         student.feature_std_PF[row] = student.feature_std_PF[0]
