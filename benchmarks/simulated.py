@@ -425,7 +425,7 @@ def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]
         lambda: recurrence(student_config(), PLAIN)(rated, np.empty(0)).logits_MT,
     )
     models["student"] = student(bench, world.history, "plain", PLAIN)
-    kept, _ = choose(bench.examples, members, biased=("transformer",))
+    kept, _ = choose(bench.examples, members)
     note(f"teacher: {kept}")
     models["transformer"] = members["transformer"]
     models["teacher"] = mean_of(members, kept, bench.examples.platform_M)

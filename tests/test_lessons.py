@@ -52,9 +52,9 @@ def late(history, config):
     return examples_until(history, config, 0.2)
 
 
-def keep_all(examples, members, biased=()):
+def keep_all(examples, members):
     rows = np.unique(examples.platform_M).tolist()
-    return dict.fromkeys(rows, dict.fromkeys(members, 1)), {(row, name): "kept" for row in rows for name in members}
+    return dict.fromkeys(rows, tuple(members)), {(row, name): "kept" for row in rows for name in members}
 
 
 def lessons_of(folder, teacher_recurrence: bool = False, **trainer) -> Lessons:

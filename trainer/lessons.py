@@ -263,7 +263,6 @@ def _transformer(size: str, platforms: tuple[str, ...], seed: int, check: Check,
             text = text_of(later) if text_of is not None else None
             return fitted.logits(later, np.nan_to_num(offset_LT), text=text, check=check)[wanted_M]
 
-        own_MT = fitted.logits(examples, np.nan_to_num(offset_MT), text=text, check=check)
-        return Member(own_MT, answer, offset_everywhere=True, out_of_fold=False)
+        return Member(fitted.logits(examples, np.nan_to_num(offset_MT), text=text, check=check), answer, True)
 
     return fit

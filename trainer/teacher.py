@@ -4,8 +4,8 @@
     a causal transformer (trainer/transformer.py), a residual on it ◄──────┘ ──────────────────────────┤   members that
     the recurrence: the student's own network, undistilled ────────────────────────────────────────────┘   help
 
-A member counts on a platform as often as lowers the log-loss there; where that is never it is dropped, and the reason says
-so. Trees and the recurrence also look at the user's own matured label rates, which the student's row has no place for. Of an
+A member that does not lower a platform's log-loss on the examples to check by is dropped there, and the reason says so.
+Trees and the recurrence also look at the user's own matured label rates, which the student's row has no place for. Of an
 event that it learned from, a member says what copies say that have not seen its user; of an event that comes later it is
 asked itself (`Teaching.answer`), and what it says of it cannot have been learned from its label.
 
@@ -14,7 +14,7 @@ Shapes: M examples, T tasks. Knows nothing of the student, the gate or Kafka.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -33,8 +33,6 @@ from trainer.transfer import subset
 RECURRENCE = Schedule(epochs=10, batch_events=1024, rate=2e-3, patience=3, dropout=0.3)
 """As the undistilled student of the benchmark learns."""
 RECURRENCE_FOLDS = 5
-LEAST_GAIN, MOST_STEPS = 2e-5, 12
-"""What another copy of a member, or one less, must take off the log-loss; how often that is tried."""
 
 Answer = Callable[[Examples, np.ndarray, np.ndarray], np.ndarray]
 """(examples, wanted (M,) bool, offset (M, T), NaN where there is none) → logits (wanted, T). The examples' platforms are
@@ -50,16 +48,14 @@ class Member(NamedTuple):
     """What it says of examples that come later."""
     offset_everywhere: bool = False
     """Its answer needs the offset of events that are not wanted, too."""
-    out_of_fold: bool = True
-    """Of an example that it learned from, `logits_MT` are of copies that have not seen its user."""
 
 
 MoreMember = Callable[[Examples, np.ndarray], Member]
 """(examples, offset (M, T), NaN where there is none) → the member."""
 
 
-Kept = Mapping[int, Mapping[str, int]]
-"""Row of a platform → the members that speak of its events, and how often each counts."""
+Kept = Mapping[int, tuple[str, ...]]
+"""Row of a platform → the members that speak of its events."""
 Reasons = Mapping[tuple[int, str], str]
 """(row of a platform, member) → why it was kept or dropped there, with the numbers."""
 
@@ -94,8 +90,7 @@ def teach(
         own_MT = np.where(np.isnan(offset_MT), np.nan, member.logits_MT).astype(np.float32)
         fitted[name] = member._replace(logits_MT=own_MT)
     members = {name: member.logits_MT for name, member in fitted.items()}
-    biased = [name for name, member in fitted.items() if not member.out_of_fold]
-    kept, reasons = choose(examples, members, biased)
+    kept, reasons = choose(examples, members)
     speaking = [name for name in fitted if any(name in names for names in kept.values())]
 
     def answer(later: Examples, wanted_M: np.ndarray) -> np.ndarray:
@@ -211,87 +206,50 @@ def recurrence(config: StudentConfig, schedule: Schedule = RECURRENCE, check: Ch
 
 
 def mean_of(members: Mapping[str, np.ndarray], kept: Kept, platform_M: np.ndarray) -> np.ndarray:
-    """(M, T) float32: the mean logit of each event's platform's members, each as often as it counts."""
+    """(M, T) float32: the mean logit of each event's platform's members."""
     out_MT = np.full(next(iter(members.values())).shape, np.nan, np.float32)
-    for row, counts in kept.items():
+    for row, names in kept.items():
         own_M = platform_M == row
-        out_MT[own_M] = _weighted(members, counts, own_M)
+        out_MT[own_M] = _mean([members[name][own_M] for name in names])
     return out_MT
 
 
-def _weighted(members: Mapping[str, np.ndarray], counts: Mapping[str, int], at) -> np.ndarray:
-    return sum(count * members[name][at].astype(np.float64) for name, count in counts.items()) / sum(counts.values())
-
-
-def choose(examples: Examples, members: Mapping[str, np.ndarray], biased: Collection[str] = ()) -> tuple[Kept, Reasons]:
-    """→ (members kept and how often each counts, reasons), for each platform. Begins with each member once; adds or takes
-    away one copy, the one that lowers the log-loss of the mean logit most, while that is worth it (Caruana et al.,
-    "Ensemble selection from libraries of models", ICML 2004). Judged on all labelled examples, as members say of those that
-    they learned from what copies say that have not seen the user; a member that does not (`biased`) comes last, and is kept
-    where it lowers the log-loss on the examples to check by. Without labels each counts once."""
+def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[Kept, Reasons]:
+    """→ (members kept, reasons), for each platform. Begins with all of them; drops, one after another, the one whose absence
+    lowers the log-loss of the mean logit most, while that does not raise it. Where there are no examples to check by all are
+    kept."""
     kept, reasons = {}, {}
     for row in np.unique(examples.platform_M).tolist():
-        kept[row], why = _choose(examples, members, biased, row)
+        kept[row], why = _choose(examples, members, row)
         reasons |= {(row, name): reason for name, reason in why.items()}
     return kept, reasons
 
 
-def _choose(
-    examples: Examples, members: Mapping[str, np.ndarray], biased: Collection[str], row: int
-) -> tuple[dict[str, int], dict[str, str]]:
-    known_MT = examples.learn_MT | examples.check_MT
-
-    def loss_of(counts: Mapping[str, int], at_MT: np.ndarray = known_MT) -> float:
-        return _loss_of_mean(examples, members, counts, at_MT & (examples.platform_M == row)[:, None])
-
-    counts = {name: 1 for name in members if name not in biased}
-    loss = loss_of(counts)
+def _choose(examples: Examples, members: Mapping[str, np.ndarray], row: int) -> tuple[tuple[str, ...], dict[str, str]]:
+    kept, reasons = list(members), {}
+    loss = _loss_of_mean(examples, members, kept, row)
     if np.isnan(loss):
-        return dict.fromkeys(members, 1), dict.fromkeys(members, "kept: there is nothing to judge by")
-    for _ in range(MOST_STEPS):
-        losses = {(name, step): loss_of(_stepped(counts, name, step)) for name, step in _steps(counts, members, biased)}
-        best = min(losses, key=losses.__getitem__)
-        if losses[best] > loss - LEAST_GAIN:
+        return tuple(kept), dict.fromkeys(kept, "kept: there is nothing to check by")
+    while len(kept) > 1:
+        without = {name: _loss_of_mean(examples, members, [k for k in kept if k != name], row) for name in kept}
+        worst = min(without, key=without.__getitem__)
+        if without[worst] > loss:
+            reasons |= {name: f"kept: log-loss {loss:.5f}, {without[name]:.5f} without it" for name in kept}
             break
-        counts, loss = _stepped(counts, *best), losses[best]
-    reasons = {}
-    for name in (name for name in members if name not in biased):
-        if counts == {name: counts.get(name)}:
-            reasons[name] = f"kept: the best alone, log-loss {loss:.5f}"
-        elif name in counts:
-            without = loss_of({other: count for other, count in counts.items() if other != name})
-            reasons[name] = f"kept, {counts[name]} of {sum(counts.values())}: log-loss {loss:.5f}, {without:.5f} without it"
-        else:
-            reasons[name] = f"dropped: log-loss {loss:.5f}, {loss_of(_stepped(counts, name, 1)):.5f} with it"
-    for name in biased:
-        without, with_it = loss_of(counts, examples.check_MT), loss_of(_stepped(counts, name, 1), examples.check_MT)
-        helps = with_it < without
-        counts = _stepped(counts, name, 1) if helps else counts
-        reasons[name] = (
-            f"{'kept' if helps else 'dropped'}: log-loss on the examples to check by {without:.5f}, {with_it:.5f} with it"
-        )
-    return counts, reasons
+        reasons[worst] = f"dropped: log-loss {loss:.5f}, {without[worst]:.5f} without it"
+        loss = without[worst]
+        kept.remove(worst)
+    reasons |= {name: f"kept: the best alone, log-loss {loss:.5f}" for name in kept if name not in reasons}
+    return tuple(kept), reasons
 
 
-def _steps(counts: Mapping[str, int], members: Mapping[str, np.ndarray], biased: Collection[str]) -> list[tuple[str, int]]:
-    more = [(name, 1) for name in members if name not in biased]
-    return more + [(name, -1) for name in counts if sum(counts.values()) > 1]
-
-
-def _stepped(counts: Mapping[str, int], name: str, step: int) -> dict[str, int]:
-    changed = {**counts, name: counts.get(name, 0) + step}
-    return {name: count for name, count in changed.items() if count}
-
-
-def _loss_of_mean(
-    examples: Examples, members: Mapping[str, np.ndarray], counts: Mapping[str, int], at_MT: np.ndarray
-) -> float:
-    """Mean over tasks of the log-loss of the mean logit on the examples of a mask, once calibrated on them: what the student
-    says is calibrated too, so a member is not dropped for its scale. NaN of none."""
+def _loss_of_mean(examples: Examples, members: Mapping[str, np.ndarray], names: list[str], row: int) -> float:
+    """Mean over tasks of the log-loss of the mean logit on the platform's examples to check by, once calibrated on them:
+    what the student says is calibrated too, so a member is not dropped for its scale. NaN of none."""
     losses = []
     for task in range(len(examples.tasks)):
-        own = np.flatnonzero(at_MT[:, task])
-        z, y = _weighted(members, counts, (own, task)), examples.y_MT[own, task]
+        own = np.flatnonzero(examples.check_MT[:, task] & (examples.platform_M == row))
+        z, y = np.mean([members[name][own, task] for name in names], axis=0), examples.y_MT[own, task]
         if len(own) and not np.isnan(z).any():
             slope, offset = affine(z, y, (1.0, 0.0), examples.user_M[own])
             losses.append(float((np.logaddexp(0.0, slope * z + offset) - y * (slope * z + offset)).mean()))
