@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cells as cells_
-from benchmarks import datasets, quality
+from benchmarks import datasets, quality, transfer
 from benchmarks.datasets import MATRIX, TASKS, TEST, TRAIN, VALIDATE
 from models.events import CanonicalEvent
 from trainer import metrics
@@ -161,3 +161,8 @@ def test_a_bar_says_its_value_in_one_line_whatever_it_is():
     assert quality._short(
         {"a": [0.1, -0.2, 0.3], "b": ["x y", "z"], "c": [], "d": 61_828, "e": None, "f": np.float32(0.5)}
     ) == ("a +0.1000 [-0.2000, +0.3000]; b x y, z; c none; d 61,828; e None; f 0.5000")
+
+
+def test_zero_shot_counts_each_head_once():
+    assert transfer.heads_of(("click", "purchase", "return_1d", "return")) == ["click", "purchase", "return"]
+    assert transfer.heads_of(("click", "purchase", "return_1d")) == ["click", "purchase", "return_1d"]
