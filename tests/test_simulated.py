@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks import freshness, observer, simulated
+from benchmarks.cells import Bench
 from benchmarks.simulated import PLATFORMS
 from models.events import EVENT, IMPRESSION, PURCHASE, VIEW
 from models.student import Student
@@ -175,3 +176,14 @@ def test_a_gain_is_paired_and_a_copy_gains_nothing():
     assert gain.low > 0 and said.gain("refreshed, no replay", everything, said.cells(), 50) == (0.0, 0.0, 0.0)
     assert said.auc("bayes", everything, said.cells()) == 1.0
     assert len(said.cells()) == 3 * len(PLATFORMS) - 1
+
+
+def test_interest_shift_is_judged_in_further_worlds_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulated, "SHOPPERS", SimulatorConfig(n_shoppers=120))
+    bench = Bench(None, None, tmp_path, "", 1)
+    one, other = (simulated.further_cells(bench, seed, 1, 20) for seed in (1, 2))
+    assert set(one) == {(platform, "shift, world 1") for platform in PLATFORMS}
+    for cell in one.values():
+        assert set(cell["models"]) == {*simulated.SHIFT_BASELINES, *simulated.SHIFT_HEADS}
+        assert all(0 < model["auc"] < 1 and len(model["auc_draws"]) == 20 for model in cell["models"].values())
+    assert [cell["n"] for cell in one.values()] != [cell["n"] for cell in other.values()]
