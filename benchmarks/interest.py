@@ -1,7 +1,7 @@
-"""Interest shift: a linear head on what a row's mixes of categories and its ring say of each other.
+"""Interest shift: a head on what a row's mixes of categories and its ring say of each other.
 
     long mix (30 d) ─► main category, c ─┐
-    short mix (1 d) · ring · last event ─┴─► how much of each is c, how alike they are ─► ridge, one a platform
+    short mix (1 d) · ring · last event ─┴─► how much of each is c, how alike they are ─► ridge and trees, a platform each
 
 Whoever still acts in his main category keeps it; rolling features hold the shares of the event's own category only.
 The row has all of it, so a worker could serve the head; it serves the divergence of the predicted from the long mix.
@@ -32,7 +32,7 @@ NAMES = (
 )
 LATELY = 0.8
 STRENGTH = 0.001
-"""C of the head's ridge. By folds of users on the training days .001 and .003 are equal, .0001 is worse (DECISIONS.md)."""
+"""C of the ridge. By folds of users on the training days .001 and .003 are equal, .0001 is worse."""
 
 
 def platform_of_category(history: History) -> tuple[np.ndarray, np.ndarray]:
@@ -93,11 +93,16 @@ def _normalised(weight_MX: np.ndarray) -> np.ndarray:
     return weight_MX / np.maximum(weight_MX.sum(axis=1, keepdims=True), 1e-9)
 
 
-def head(inputs_MX: np.ndarray, y_M: np.ndarray, learn_M: np.ndarray, platform_M: np.ndarray) -> np.ndarray:
-    """(M,) float32 logits of each platform's ridge, which learns from the events of `learn_M` (bool); NaN without any."""
-    out_M = np.full(len(y_M), np.nan, np.float32)
+def head(
+    mixes_MA: np.ndarray, features_MF: np.ndarray, y_M: np.ndarray, learn_M: np.ndarray, platform_M: np.ndarray
+) -> np.ndarray:
+    """(M,) float32 logits, the mean of each platform's ridge on mixes and features and its randomised trees on the mixes.
+    They learn from the events of `learn_M` (bool); NaN without any."""
+    both_MX, out_M = np.concatenate([mixes_MA, features_MF], axis=1), np.full(len(y_M), np.nan, np.float32)
     for row in np.unique(platform_M[learn_M]):
         of = np.flatnonzero(platform_M == row)
         learn = of[learn_M[of]]
-        out_M[of] = boosting.fit_logistic(inputs_MX[learn], y_M[learn], c=STRENGTH)(inputs_MX[of])
+        ridge = boosting.fit_logistic(both_MX[learn], y_M[learn], c=STRENGTH)(both_MX[of])
+        trees = boosting.fit_randomised(mixes_MA[learn], y_M[learn], seeds=(0,))(mixes_MA[of])
+        out_M[of] = (ridge + trees) / 2
     return out_M

@@ -629,13 +629,13 @@ def shift(bench: Bench, table: CategoryTable, gates_MG: np.ndarray, draws: int) 
         learn, at = np.flatnonzero(use_N & (split_N == TRAIN)), np.flatnonzero(use_N & (split_N == TEST))
         x_NF, user = examples.columns.features_NF.numpy()[of], examples.user_M[of[at]]
         mixes_NA = interest.agreement(examples.views_M[of], examples.platform_M[of], of_category)
-        both_NX, learn_N = np.concatenate([mixes_NA, x_NF], axis=1), np.isin(np.arange(len(of)), learn)
+        learn_N = np.isin(np.arange(len(of)), learn)
         *_, served_N = table.predict(examples.views_M[of[at]], examples.platform_M[of[at]], gates_MG[of[at]])
         scores = {
             "served interest_shift": np.nan_to_num(served_N, nan=0.5),
             "category entropy of 30 d": entropy_N[at],
             "LightGBM": boosting.fit_boosting(x_NF[learn], y[learn], threads=bench.threads)(x_NF[at]),
-            "features and mixes, linear": interest.head(both_NX, y, learn_N, examples.platform_M[of])[at],
+            "features and mixes": interest.head(mixes_NA, x_NF, y, learn_N, examples.platform_M[of])[at],
             "LightGBM + entropy": boosting.fit_boosting(
                 np.c_[x_NF, entropy_N][learn], y[learn], threads=bench.threads
             )(np.c_[x_NF, entropy_N][at]),
@@ -765,7 +765,7 @@ def text(figures: dict, draws: int) -> str:
         f"{LEAST_EVENTS} events with "
         "a category in both. A trip or invoice is one event here, so few weeks have three, and one event "
         "decides much: report "
-        "only; the bar is on the simulator. *features and mixes, linear*: `benchmarks/interest.py`.",
+        "only; the bar is on the simulator. *features and mixes*: `benchmarks/interest.py`.",
     ]
     for platform, cell in figures["shift"].items():
         values = "; ".join(f"{name} {_bracketed(own['auc'])}" for name, own in cell["models"].items())

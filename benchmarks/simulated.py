@@ -66,9 +66,8 @@ PLAIN = Schedule(epochs=8, batch_events=4096, rate=2e-3, patience=2, dropout=0.3
 DISTIL = Schedule(epochs=12, batch_events=4096, rate=3e-3, soft_weight=0.9)
 RESIDUAL = Schedule(epochs=8, batch_events=2048, rate=2e-3, patience=3)
 LIGHTGBM = ("boosting", "boosting_tuned")
-FURTHER = (1, 2, 3)
+FURTHER = (1, 2, 3, 4, 5, 6)
 """Seeds of further worlds, in which interest shift alone is judged: one world has too few independent weeks."""
-SHIFT_HEADS = ("mixes", "features and mixes")
 SHIFT_BASELINES = ("main_share", "entropy", "short_vs_long", "user_rate", "logistic", *LIGHTGBM)
 
 
@@ -546,14 +545,14 @@ def shift_cells(world: World, scores: dict[str, np.ndarray], draws: int, title: 
 
 
 def further_cells(bench: Bench, seed: int, trials: int, draws: int) -> dict:
-    """As `shift_cells`, in a world of its own: the baselines and the heads on the row's mixes, no network."""
+    """As `shift_cells`, in a world of its own: the baselines and the head on the row's mixes, no network."""
     world = make_world(structs.replace(SHOPPERS, seed=seed), DAYS)
     learned_MT = world.examples.learn_MT.copy()
     learned_MT[:, :SHIFT] = False
     world = world._replace(examples=replace(world.examples, learn_MT=learned_MT))
     models = boosted(keyed(bench, world), trials)
     scores = shift_counts(world) | {name: models[name][:, SHIFT] for name in ("logistic", *LIGHTGBM)}
-    scores |= shift_heads(world, world.shift.known_N & (world.part_M == TRAIN))
+    scores["mixes"] = shift_head(world)
     note(f"simulated: interest shift in world {seed}")
     return shift_cells(world, scores, draws, f"shift, world {seed}")
 
@@ -572,7 +571,7 @@ def shifted(world: World, models: dict[str, np.ndarray], further: dict, draws: i
     }
     learn_M = known_M & (world.part_M == TRAIN)
     scores["both"] = sum(standardised(scores[name], examples.platform_M, learn_M) for name in ("served", "distilled"))
-    scores |= shift_heads(world, learn_M)
+    scores["mixes"] = shift_head(world)
     cells = shift_cells(world, scores, draws)
     # The student's word is chosen on the validation days: the head of either training, or what is served.
     check_M = known_M & (world.part_M == VALIDATE)
@@ -581,10 +580,10 @@ def shifted(world: World, models: dict[str, np.ndarray], further: dict, draws: i
         name: float(
             np.mean([metrics.auc(y_M[of], scores[name][of]) for of in (check_M & (examples.platform_M == r) for r in rows)])
         )
-        for name in ("served", "student", "distilled", "both", *SHIFT_HEADS)
+        for name in ("served", "student", "distilled", "both", "mixes")
     }
     ours = max(validation, key=validation.__getitem__)
-    everywhere = cells | further if ours in SHIFT_HEADS else cells
+    everywhere = cells | further if ours == "mixes" else cells
     gain, here = difference(everywhere, ours, SHIFT_BASELINES), difference(cells, ours, SHIFT_BASELINES)
     counts = difference(cells, ours, ("main_share", "entropy", "short_vs_long", "user_rate"))
     single = max(SHIFT_BASELINES, key=lambda name: sum(cell["models"][name]["auc"] for cell in cells.values()))
@@ -605,9 +604,9 @@ def shifted(world: World, models: dict[str, np.ndarray], further: dict, draws: i
         "platform, impressions apart; ties are no shift). Anchors: events with at least "
         f"{LEAST_BEFORE} acts before and {LEAST_AFTER} after, {known_M.mean():.0%} of all. *served*: the record's "
         "`interest_shift`; *student*, *distilled*: a head that exists while learning; *both*: the mean of *served* and "
-        "*distilled*, each standardised on the training days of a platform; *mixes*, *features and mixes*: a linear head on "
-        "what the row's mixes and ring say of each other (`benchmarks/interest.py`), without and with the rolling features "
-        "(the row holds both; no worker serves it). Of these six the bar takes "
+        "*distilled*, each standardised on the training days of a platform; *mixes*: a head on what the "
+        "row's mixes and ring say of each other and on the rolling features (`benchmarks/interest.py`; the row holds both, "
+        "no worker serves it). Of these five the bar takes "
         f"*{ours}*, best on the validation days ({', '.join(f'{k} {v:.4f}' for k, v in validation.items())}), and of the "
         "baselines the best in each cell on test.",
         "",
@@ -617,10 +616,10 @@ def shifted(world: World, models: dict[str, np.ndarray], further: dict, draws: i
         f"{counts.value:+.4f} [{counts.low:+.4f}, {counts.high:+.4f}]; less {single}, the one baseline that is best over "
         f"all cells: {alone.value:+.4f} [{alone.low:+.4f}, {alone.high:+.4f}].",
         "",
-        f"The intervals of one world are wide, so the baselines and the two heads are judged in {len(FURTHER)} more "
+        f"The intervals of one world are wide, so the baselines and *mixes* are judged in {len(FURTHER)} more "
         f"(simulator seeds {', '.join(map(str, FURTHER))}; nothing was chosen in them), and the bar is of all together:",
         "",
-        table(further, [*SHIFT_BASELINES, *SHIFT_HEADS], "auc"),
+        table(further, [*SHIFT_BASELINES, "mixes"], "auc"),
         "",
         f"*{ours}* less the best baseline in each cell: {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] in all, "
         f"{here.value:+.4f} [{here.low:+.4f}, {here.high:+.4f}] in the world above.",
@@ -635,15 +634,12 @@ def shifted(world: World, models: dict[str, np.ndarray], further: dict, draws: i
     return bars, figures, "\n".join(lines)
 
 
-def shift_heads(world: World, learn_M: np.ndarray) -> dict[str, np.ndarray]:
-    """Linear heads on what the row's mixes say of each other, without and with the rolling features: (M,) each."""
-    examples = world.examples
+def shift_head(world: World) -> np.ndarray:
+    """(M,) logits of the head on the row's mixes and the rolling features, learned on the training days."""
+    examples, shift = world.examples, world.shift
     mixes_MA = interest.agreement(examples.views_M, examples.platform_M, interest.platform_of_category(world.history))
-    both_MX = np.concatenate([mixes_MA, examples.columns.features_NF.numpy()], axis=1)
-    return {
-        name: interest.head(inputs_MX, world.shift.y_N, learn_M, examples.platform_M)
-        for name, inputs_MX in zip(SHIFT_HEADS, (mixes_MA, both_MX), strict=True)
-    }
+    learn_M, features_MF = shift.known_N & (world.part_M == TRAIN), examples.columns.features_NF.numpy()
+    return interest.head(mixes_MA, features_MF, shift.y_N.astype(np.float32), learn_M, examples.platform_M)
 
 
 def standardised(score_M: np.ndarray, platform_M: np.ndarray, learn_M: np.ndarray) -> np.ndarray:

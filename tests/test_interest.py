@@ -6,6 +6,7 @@ import pytest
 from benchmarks import interest
 from models.categories import view_dtype
 from models.events import EVENT
+from trainer import metrics
 from trainer.history import History
 
 SHOP, OTHER = 1, 2
@@ -71,10 +72,11 @@ def test_the_head_learns_of_its_platform_alone_and_only_from_what_it_is_shown():
     rng = np.random.default_rng(0)
     x, platform = rng.normal(size=(4000, 3)), np.repeat([1, 2], 2000)
     y = (rng.random(4000) < 1 / (1 + np.exp(-2 * np.where(platform == 1, x[:, 0], -x[:, 0])))).astype(np.float32)
-    learn = np.arange(4000) % 2 == 0
-    z = interest.head(x, y, learn, platform)
-    assert np.corrcoef(z[platform == 1], x[platform == 1, 0])[0, 1] > 0.98
-    assert np.corrcoef(z[platform == 2], x[platform == 2, 0])[0, 1] < -0.98
+    learn, features = np.arange(4000) % 2 == 0, rng.normal(size=(4000, 2))
+    z = interest.head(x, features, y, learn, platform)
+    for row, sign in ((1, 1), (2, -1)):
+        own = platform == row
+        assert metrics.auc(sign * x[own, 0] > 0, z[own]) > 0.98
     hidden = np.where(learn, y, 1 - y)
-    assert (interest.head(x, hidden, learn, platform) == z).all()
-    assert np.isnan(interest.head(x, y, learn & (platform == 1), platform)[platform == 2]).all()
+    assert (interest.head(x, features, hidden, learn, platform) == z).all()
+    assert np.isnan(interest.head(x, features, y, learn & (platform == 1), platform)[platform == 2]).all()

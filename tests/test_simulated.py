@@ -184,6 +184,6 @@ def test_interest_shift_is_judged_in_further_worlds_too(tmp_path, monkeypatch):
     one, other = (simulated.further_cells(bench, seed, 1, 20) for seed in (1, 2))
     assert set(one) == {(platform, "shift, world 1") for platform in PLATFORMS}
     for cell in one.values():
-        assert set(cell["models"]) == {*simulated.SHIFT_BASELINES, *simulated.SHIFT_HEADS}
+        assert set(cell["models"]) == {*simulated.SHIFT_BASELINES, "mixes"}
         assert all(0 < model["auc"] < 1 and len(model["auc_draws"]) == 20 for model in cell["models"].values())
     assert [cell["n"] for cell in one.values()] != [cell["n"] for cell in other.values()]
