@@ -55,8 +55,7 @@ def agreement(views_M: np.ndarray, platform_M: np.ndarray, of_category: tuple[np
     def shares(which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         category_MX = views_M[f"{which}_category"]
         weight_MX = np.where(own(category_MX), views_M[f"{which}_weight"].astype(np.float64), 0.0)
-        total_M = weight_MX.sum(axis=1)
-        return category_MX, weight_MX / np.maximum(total_M, 1e-9)[:, None], total_M
+        return category_MX, _normalised(weight_MX), weight_MX.sum(axis=1)
 
     def of(category_M: np.ndarray, category_MX: np.ndarray, share_MX: np.ndarray) -> np.ndarray:
         return (share_MX * (category_MX == category_M[:, None])).sum(axis=1)

@@ -626,10 +626,10 @@ def shift(bench: Bench, table: CategoryTable, gates_MG: np.ndarray, draws: int) 
         events, split_N, anchor_N = data.history.events[index_N], data.split_N[index_N], data.anchor_N[index_N]
         y, entropy_N = shifts(examples.user_M[of], events["ts"].astype(np.int64), events["category"])
         use_N = anchor_N & ~np.isnan(y)
-        learn, at = np.flatnonzero(use_N & (split_N == TRAIN)), np.flatnonzero(use_N & (split_N == TEST))
+        learn_N = use_N & (split_N == TRAIN)
+        learn, at = np.flatnonzero(learn_N), np.flatnonzero(use_N & (split_N == TEST))
         x_NF, user = examples.columns.features_NF.numpy()[of], examples.user_M[of[at]]
         mixes_NA = interest.agreement(examples.views_M[of], examples.platform_M[of], of_category)
-        learn_N = np.isin(np.arange(len(of)), learn)
         *_, served_N = table.predict(examples.views_M[of[at]], examples.platform_M[of[at]], gates_MG[of[at]])
         scores = {
             "served interest_shift": np.nan_to_num(served_N, nan=0.5),

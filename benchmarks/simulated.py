@@ -516,8 +516,8 @@ def known(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict
     return bars, figures, "\n".join(lines)
 
 
-def shift_counts(world: World) -> dict[str, np.ndarray]:
-    """(M,) scores of the baselines that count."""
+def shift_baselines(world: World, models: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(M,) scores of SHIFT_BASELINES: those that count, and those of `models` that learn."""
     examples, shift = world.examples, world.shift
     mean = float(shift.y_N[shift.known_N & (world.part_M == TRAIN)].mean())
     came = shift.y_N.astype(float)
@@ -526,6 +526,7 @@ def shift_counts(world: World) -> dict[str, np.ndarray]:
         "entropy": shift.entropy_N,
         "short_vs_long": short_vs_long(examples.views_M),
         "user_rate": _own_rate(examples.user_M, examples.ts_M, came, shift.known_N, 7 * DAY_MS, mean, 5.0),
+        **{name: models[name][:, SHIFT] for name in ("logistic", *LIGHTGBM)},
     }
 
 
@@ -550,9 +551,7 @@ def further_cells(bench: Bench, seed: int, trials: int, draws: int) -> dict:
     learned_MT = world.examples.learn_MT.copy()
     learned_MT[:, :SHIFT] = False
     world = world._replace(examples=replace(world.examples, learn_MT=learned_MT))
-    models = boosted(keyed(bench, world), trials)
-    scores = shift_counts(world) | {name: models[name][:, SHIFT] for name in ("logistic", *LIGHTGBM)}
-    scores["mixes"] = shift_head(world)
+    scores = shift_baselines(world, boosted(keyed(bench, world), trials)) | {"mixes": shift_head(world)}
     note(f"simulated: interest shift in world {seed}")
     return shift_cells(world, scores, draws, f"shift, world {seed}")
 
@@ -562,8 +561,7 @@ def shifted(world: World, models: dict[str, np.ndarray], further: dict, draws: i
     examples = world.examples
     known_M, y_M = world.shift.known_N, world.shift.y_N
     scores = {
-        **shift_counts(world),
-        **{name: models[name][:, SHIFT] for name in ("logistic", *LIGHTGBM)},
+        **shift_baselines(world, models),
         "served": np.nan_to_num(models["distilled"][:, SHIFT + 1]),
         "teacher": models["teacher"][:, SHIFT],
         "student": models["student"][:, SHIFT],

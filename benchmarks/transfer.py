@@ -461,13 +461,14 @@ def zero_shot(at: Ground) -> dict[str, dict]:
         titles = MATRIX[at.name].tasks
         cells = {title: metrics.auc(y, z) for title, y, z in zip(titles, ys, zs, strict=True)}
         draws = {title: r.auc(y, z) for title, r, y, z in zip(titles, at.resamples, ys, zs, strict=True)}
-
-        def mean(of: Iterable[str], cells=cells, draws=draws) -> list[float]:
-            value, drawn = (np.mean([one[title] for title in of], axis=0) for one in (cells, draws))
-            return list(metrics.interval(float(value), drawn))
-
-        out[name] = {"macro": mean(titles), "heads": mean(heads_of(titles)), "cells": cells}
+        macro, heads = (list(_mean_auc(cells, draws, of)) for of in (titles, heads_of(titles)))
+        out[name] = {"macro": macro, "heads": heads, "cells": cells}
     return out
+
+
+def _mean_auc(cells: dict[str, float], draws: dict[str, np.ndarray], of: Iterable[str]) -> metrics.Interval:
+    value, drawn = (np.mean([one[task] for task in of], axis=0) for one in (cells, draws))
+    return metrics.interval(float(value), drawn)
 
 
 def heads_of(tasks: Iterable[str]) -> list[str]:
