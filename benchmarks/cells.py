@@ -34,7 +34,7 @@ from trainer import metrics
 from trainer.examples import Examples, examples_of, folded, replay
 from trainer.fit import Network, Schedule, logits
 from trainer.history import History
-from trainer.train import affine, train
+from trainer.train import affine, offset, train
 
 _NEVER = np.int64(2**62)
 HORIZONS_S = {"click": 1800.0, "purchase": datasets.DAY_S, **datasets.RETURNS_S}
@@ -274,6 +274,7 @@ def judge(bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: i
     for (row, task), (platform, name) in zip(cells_of(bench), CELLS, strict=True):
         here = anchor_M & (examples.platform_M == row)
         at, check = np.flatnonzero(here & (split_M == part)), np.flatnonzero(here & (split_M == VALIDATE))
+        later_M = here & (examples.ts_M >= examples.ts_M[check].min(initial=np.iinfo(np.int64).max))
         y, user = examples.y_MT[at, task], examples.user_M[at]
         resamples = metrics.Resamples(user, draws)
         horizon_ms = int(1000 * HORIZONS_S[name])
@@ -286,26 +287,30 @@ def judge(bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: i
                     logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0), examples.user_M[check]
                 )
                 z_M, y_M = logits_MT[:, task], examples.y_MT[:, task]
-                later = refreshed(z_M, y_M, examples.ts_M, examples.user_M, check, at, horizon_ms)
+                later = refreshed(
+                    z_M, y_M, examples.ts_M, examples.user_M, np.flatnonzero(later_M), at, horizon_ms, len(check)
+                )
                 figures.append(_figures(y, z, 1 / (1 + np.exp(-(slope * z + offset))), later, user, resamples))
             cell["models"][model] = {key: np.mean([each[key] for each in figures], axis=0) for key in figures[0]}
         out[platform, name] = cell
     return out
 
 
-def refreshed(z_M, y_M, ts_M, user_M, check: np.ndarray, at: np.ndarray, horizon_ms: int) -> np.ndarray:
+def refreshed(z_M, y_M, ts_M, user_M, anchors: np.ndarray, at: np.ndarray, horizon_ms: int, newest: int) -> np.ndarray:
     """(len(at),) probabilities of the events `at`, calibrated as they would have been served: the test's time is cut into
-    REFRESHES parts of equal length, and each is calibrated on the newest anchors whose label had matured when it began, as
-    many as there are in `check` (positions of the validation anchors)."""
-    anchors = np.concatenate([check, at])
+    REFRESHES parts of equal length, and each is calibrated on the `newest` of the `anchors` (positions, from the first of
+    validation on, those of the gap before the test too) whose label had matured when it began."""
     anchors = anchors[np.argsort(ts_M[anchors], kind="stable")]
     begins = np.linspace(ts_M[at].min(), ts_M[at].max(), REFRESHES, endpoint=False)
     part = np.searchsorted(begins, ts_M[at], side="right") - 1
     out = np.empty(len(at))
     for index, begin in enumerate(begins):
-        known = anchors[ts_M[anchors] + horizon_ms <= begin][-len(check) :]
-        slope, offset = affine(z_M[known], y_M[known], (1.0, 0.0), user_M[known])
-        out[part == index] = 1 / (1 + np.exp(-(slope * z_M[at[part == index]] + offset)))
+        known = anchors[ts_M[anchors] + horizon_ms <= begin][-newest:]
+        slope, _ = affine(z_M[known], y_M[known], (1.0, 0.0), user_M[known])
+        late = known[len(known) // 2 :]
+        out[part == index] = 1 / (
+            1 + np.exp(-(slope * z_M[at[part == index]] + offset(slope * z_M[late], y_M[late], user_M[late])))
+        )
     return out
 
 

@@ -173,6 +173,11 @@ class TrainerConfig(_Section):
     """Age at which another teacher is fitted; drift and twice as many examples do the same."""
     teacher_recurrence: bool = True
     """Whether the student's own network, undistilled, is among the teacher's members. Five of them are trained for it."""
+    teacher_hidden_markov: bool = False
+    """Whether a hidden Markov model of shoppers is among them: for long histories with short sessions."""
+    teacher_margin: Annotated[float, Field(ge=0)] = 0.0
+    """Standard errors by which the teacher must do better without a member, on a platform's validation events, for the
+    member to be dropped there. 0: whatever is not worse without it is dropped."""
     teacher_transformer: Literal["cpu", "gpu-small", "gpu", "large"] | None = None
     """Size of a causal transformer beside boosting and regression; None: none. It takes far longer than they do."""
     teacher_texts: bool = False

@@ -79,6 +79,9 @@ PUBLIC = {
         "adversarial", "decide", "examine", "scoring_p99_ms",
     ],
     "trainer.teacher": ["Member", "Teaching", "choose", "mean_of", "recurrence", "teach"],
+    "trainer.markov": [
+        "Events", "Markov", "Size", "beliefs", "events_of", "hidden_markov", "learn", "log_likelihood", "rates",
+    ],
     "trainer.lessons": ["Heard", "Lessons", "psi"],
 }  # fmt: skip
 

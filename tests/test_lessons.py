@@ -1,5 +1,7 @@
 """What the teacher says in the trainer's rounds: asked once an event, written down, heard by the student, refreshed."""
 
+import functools
+
 import numpy as np
 import pytest
 from synthetic_history import make_history
@@ -8,7 +10,7 @@ from test_training import FOLD, HORIZONS, PRIOR
 from models.config import FoldConfig, HorizonsConfig, Settings, TrainerConfig
 from models.fold import N_FEATURES
 from models.student import StudentConfig
-from trainer import metrics
+from trainer import markov, metrics
 from trainer import teacher as teachers
 from trainer.examples import gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule, logits, of_users_with
@@ -52,7 +54,7 @@ def late(history, config):
     return examples_until(history, config, 0.2)
 
 
-def keep_all(examples, members):
+def keep_all(examples, members, margin=0.0):
     rows = np.unique(examples.platform_M).tolist()
     return dict.fromkeys(rows, tuple(members)), {(row, name): "kept" for row in rows for name in members}
 
@@ -171,6 +173,17 @@ def test_the_recurrence_is_a_further_member_that_answers_too(tmp_path, early, la
     lessons = lessons_of(tmp_path, teacher_recurrence=True)
     heard = lessons.fit(*early, history.platforms, NOW_MS)
     assert set(heard.members) == {"boosting", "randomised", "logistic", "recurrence"}
+    later = lessons.hear(*late, history.platforms)
+    new = ~np.isin(late[1], early[1])
+    assert later.asked == new.sum() and np.isfinite(later.soft_MT[new][:, 2]).mean() > 0.9
+
+
+def test_a_hidden_markov_model_is_a_further_member_that_answers_too(tmp_path, early, late, history, monkeypatch):
+    monkeypatch.setattr(teachers, "choose", keep_all)
+    monkeypatch.setattr(markov, "Size", functools.partial(markov.Size, classes=2, states=2, rounds=5, first_rounds=5))
+    lessons = lessons_of(tmp_path, teacher_hidden_markov=True, teacher_margin=1.0)
+    heard = lessons.fit(*early, history.platforms, NOW_MS)
+    assert set(heard.members) == {"boosting", "randomised", "logistic", "hidden_markov"}
     later = lessons.hear(*late, history.platforms)
     new = ~np.isin(late[1], early[1])
     assert later.asked == new.sum() and np.isfinite(later.soft_MT[new][:, 2]).mean() > 0.9

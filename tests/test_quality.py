@@ -96,15 +96,18 @@ def test_what_is_calibrated_anew_knows_only_matured_labels():
     rng = np.random.default_rng(0)
     ts, z = np.arange(4000), np.zeros(4000)
     y = (rng.random(4000) < np.where(ts < 2000, 0.2, 0.7)).astype(float)
-    check, at = np.arange(1000), np.arange(1500, 4000)
-    p = cells_.refreshed(z, y, ts, ts, check, at, 300)
+    anchors, at = np.arange(4000), np.arange(1500, 4000)
+    p = cells_.refreshed(z, y, ts, ts, anchors, at, 300, 1000)
     assert abs(p[at < 2000].mean() - 0.2) < 0.05 and abs(p[at > 3600].mean() - 0.7) < 0.05
     blind = np.where(ts + 300 > 2750, 1 - y, y)
-    changed = cells_.refreshed(z, blind, ts, ts, check, at, 300)
+    changed = cells_.refreshed(z, blind, ts, ts, anchors, at, 300, 1000)
     begins = np.linspace(1500, 3999, cells_.REFRESHES, endpoint=False)
     seen = at < begins[begins > 2751].min()
     np.testing.assert_array_equal(p[seen], changed[seen])
     assert (p[~seen] != changed[~seen]).any()
+    # What had matured in the gap between validation and test counts.
+    gap = np.where((ts >= 1000) & (ts < 1200), 1 - y, y)
+    assert (cells_.refreshed(z, gap, ts, ts, anchors, at, 300, 1000) != p)[: len(at) // 20].all()
 
 
 def test_draws_stay_out_of_the_json():

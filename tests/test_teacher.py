@@ -91,6 +91,17 @@ def test_a_member_that_adds_nothing_is_dropped_and_the_reason_has_the_numbers(ex
     assert choose(blind, members)[0] == dict.fromkeys(kept, tuple(members))
 
 
+def test_with_a_margin_only_what_hurts_beyond_chance_is_dropped(examples):
+    rng = np.random.default_rng(0)
+    good = np.where(examples.y_MT > 0, 1.0, -1.0) + rng.normal(0, 2, examples.y_MT.shape)
+    members = {"good": good, "twin": good + rng.normal(0, 0.1, good.shape), "noise": rng.normal(0, 6, good.shape)}
+    members = {name: logits.astype(np.float32) for name, logits in members.items()}
+    without, with_margin = (choose(examples, members, margin)[0] for margin in (0.0, 1.0))
+    for row, names in with_margin.items():
+        assert names == ("good", "twin") and set(without[row]) < {"good", "twin"}
+    assert all(names == tuple(members) for names in choose(examples, members, 1e3)[0].values())
+
+
 def test_each_platform_keeps_the_members_that_help_there_whatever_their_scale(examples):
     rng = np.random.default_rng(0)
     shop_M1 = (examples.platform_M == 1)[:, None]

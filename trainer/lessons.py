@@ -105,6 +105,7 @@ class Lessons:
         """Fits a teacher, asks it of every example and writes that down. `id_M`: hashes of the events (uint64); `words`: of
         every category so far, for `trainer.teacher_texts`."""
         # Here, not above: a trainer starts sooner without LightGBM and scikit-learn.
+        from trainer.markov import Size, hidden_markov
         from trainer.teacher import RECURRENCE, recurrence, teach
 
         options = self._settings.trainer
@@ -117,7 +118,9 @@ class Lessons:
             heads = dict.fromkeys(platforms, BINARY_HEADS)
             config = StudentConfig.of("cpu", n_features, platforms, heads)
             more["recurrence"] = recurrence(config, RECURRENCE._replace(seed=options.seed), check)
-        teaching = teach(examples, threads=options.threads, more=more, check=check)
+        if options.teacher_hidden_markov:
+            more["hidden_markov"] = hidden_markov(Size(seed=options.seed), check)
+        teaching = teach(examples, threads=options.threads, more=more, margin=options.teacher_margin, check=check)
         for (row, name), reason in teaching.reasons.items():
             platform = platforms[row - 1] if row else None
             log.info("teacher's member", platform=platform, member=name, kept=name in teaching.kept[row], reason=reason)

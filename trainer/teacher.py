@@ -2,7 +2,8 @@
 
     boosting, randomised trees, logistic regression (trainer/boosting.py) ─┬─► mean logit, the offset ─┬─► mean over the
     a causal transformer (trainer/transformer.py), a residual on it ◄──────┘ ──────────────────────────┤   members that
-    the recurrence: the student's own network, undistilled ────────────────────────────────────────────┘   help
+    the recurrence: the student's own network, undistilled ────────────────────────────────────────────┤   help
+    a hidden Markov model of shoppers (trainer/markov.py) ─────────────────────────────────────────────┘
 
 A member that does not lower a platform's log-loss on the examples to check by is dropped there, and the reason says so.
 Trees and the recurrence also look at the user's own matured label rates, which the student's row has no place for. Of an
@@ -78,10 +79,11 @@ def teach(
     *,
     threads: int = 1,
     more: Mapping[str, MoreMember] = {},
+    margin: float = 0.0,
     check: Check = lambda: None,
 ) -> Teaching:
-    """Fits every member and keeps those that help: trees and regression on the rolling features, trees on the own rates too
-    where the examples have them, and `more`, told the mean of those."""
+    """Fits every member and keeps those that help (`choose`, with its `margin`): trees and regression on the rolling
+    features, trees on the own rates too where the examples have them, and `more`, told the mean of those."""
     fitted = _cross_fitted(examples, threads, check)
     offset_MT = _mean([member.logits_MT for member in fitted.values()])
     for name, fit in more.items():
@@ -90,7 +92,7 @@ def teach(
         own_MT = np.where(np.isnan(offset_MT), np.nan, member.logits_MT).astype(np.float32)
         fitted[name] = member._replace(logits_MT=own_MT)
     members = {name: member.logits_MT for name, member in fitted.items()}
-    kept, reasons = choose(examples, members)
+    kept, reasons = choose(examples, members, margin)
     speaking = [name for name in fitted if any(name in names for names in kept.values())]
 
     def answer(later: Examples, wanted_M: np.ndarray) -> np.ndarray:
@@ -214,43 +216,57 @@ def mean_of(members: Mapping[str, np.ndarray], kept: Kept, platform_M: np.ndarra
     return out_MT
 
 
-def choose(examples: Examples, members: Mapping[str, np.ndarray]) -> tuple[Kept, Reasons]:
+def choose(examples: Examples, members: Mapping[str, np.ndarray], margin: float = 0.0) -> tuple[Kept, Reasons]:
     """→ (members kept, reasons), for each platform. Begins with all of them; drops, one after another, the one whose absence
-    lowers the log-loss of the mean logit most, while that does not raise it. Where there are no examples to check by all are
-    kept."""
+    lowers the log-loss of the mean logit most, while that does not raise it. With a `margin`, its absence must lower the
+    log-loss by so many standard errors (of the difference, users resampled): where a few days of the same users are all
+    there is to check by, most of what tells members apart is chance. Without examples to check by all are kept."""
     kept, reasons = {}, {}
     for row in np.unique(examples.platform_M).tolist():
-        kept[row], why = _choose(examples, members, row)
+        kept[row], why = _choose(examples, members, row, margin)
         reasons |= {(row, name): reason for name, reason in why.items()}
     return kept, reasons
 
 
-def _choose(examples: Examples, members: Mapping[str, np.ndarray], row: int) -> tuple[tuple[str, ...], dict[str, str]]:
+def _choose(
+    examples: Examples, members: Mapping[str, np.ndarray], row: int, margin: float
+) -> tuple[tuple[str, ...], dict[str, str]]:
     kept, reasons = list(members), {}
-    loss = _loss_of_mean(examples, members, kept, row)
+    loss, losses_U = _loss_of_mean(examples, members, kept, row)
     if np.isnan(loss):
         return tuple(kept), dict.fromkeys(kept, "kept: there is nothing to check by")
     while len(kept) > 1:
         without = {name: _loss_of_mean(examples, members, [k for k in kept if k != name], row) for name in kept}
-        worst = min(without, key=without.__getitem__)
-        if without[worst] > loss:
-            reasons |= {name: f"kept: log-loss {loss:.5f}, {without[name]:.5f} without it" for name in kept}
+        # What would be gained, less what chance may have given.
+        gain = {
+            name: loss - other - margin * float(np.sqrt(((losses_U - others_U) ** 2).sum()))
+            for name, (other, others_U) in without.items()
+        }
+        worst = max(gain, key=gain.__getitem__)
+        if gain[worst] < 0.0:
+            reasons |= {name: f"kept: log-loss {loss:.5f}, {without[name][0]:.5f} without it" for name in kept}
             break
-        reasons[worst] = f"dropped: log-loss {loss:.5f}, {without[worst]:.5f} without it"
-        loss = without[worst]
+        reasons[worst] = f"dropped: log-loss {loss:.5f}, {without[worst][0]:.5f} without it"
+        loss, losses_U = without[worst]
         kept.remove(worst)
     reasons |= {name: f"kept: the best alone, log-loss {loss:.5f}" for name in kept if name not in reasons}
     return tuple(kept), reasons
 
 
-def _loss_of_mean(examples: Examples, members: Mapping[str, np.ndarray], names: list[str], row: int) -> float:
-    """Mean over tasks of the log-loss of the mean logit on the platform's examples to check by, once calibrated on them:
-    what the student says is calibrated too, so a member is not dropped for its scale. NaN of none."""
-    losses = []
+def _loss_of_mean(
+    examples: Examples, members: Mapping[str, np.ndarray], names: list[str], row: int
+) -> tuple[float, np.ndarray]:
+    """→ mean over tasks of the log-loss of the mean logit on the platform's examples to check by, once calibrated on them:
+    what the student says is calibrated too, so a member is not dropped for its scale; each user's share of it (U,). NaN of
+    none."""
+    losses, share_U = [], np.zeros(int(examples.user_M.max(initial=-1)) + 1)
     for task in range(len(examples.tasks)):
         own = np.flatnonzero(examples.check_MT[:, task] & (examples.platform_M == row))
         z, y = np.mean([members[name][own, task] for name in names], axis=0), examples.y_MT[own, task]
         if len(own) and not np.isnan(z).any():
-            slope, offset = affine(z, y, (1.0, 0.0), examples.user_M[own])
-            losses.append(float((np.logaddexp(0.0, slope * z + offset) - y * (slope * z + offset)).mean()))
-    return float(np.mean(losses)) if losses else float("nan")
+            user = examples.user_M[own]
+            slope, offset = affine(z, y, (1.0, 0.0), user)
+            losses_A = np.logaddexp(0.0, slope * z + offset) - y * (slope * z + offset)
+            losses.append(float(losses_A.mean()))
+            share_U += np.bincount(user, losses_A, len(share_U)) / len(own)
+    return (float(np.mean(losses)), share_U / len(losses)) if losses else (float("nan"), share_U)
