@@ -34,7 +34,7 @@ from trainer import metrics
 from trainer.examples import Examples, examples_of, folded, replay
 from trainer.fit import Network, Schedule, logits
 from trainer.history import History
-from trainer.train import affine, offset, train
+from trainer.train import affine, train
 
 _NEVER = np.int64(2**62)
 HORIZONS_S = {"click": 1800.0, "purchase": datasets.DAY_S, **datasets.RETURNS_S}
@@ -306,11 +306,8 @@ def refreshed(z_M, y_M, ts_M, user_M, anchors: np.ndarray, at: np.ndarray, horiz
     out = np.empty(len(at))
     for index, begin in enumerate(begins):
         known = anchors[ts_M[anchors] + horizon_ms <= begin][-newest:]
-        slope, _ = affine(z_M[known], y_M[known], (1.0, 0.0), user_M[known])
-        late = known[len(known) // 2 :]
-        out[part == index] = 1 / (
-            1 + np.exp(-(slope * z_M[at[part == index]] + offset(slope * z_M[late], y_M[late], user_M[late])))
-        )
+        slope, offset = affine(z_M[known], y_M[known], (1.0, 0.0), user_M[known])
+        out[part == index] = 1 / (1 + np.exp(-(slope * z_M[at[part == index]] + offset)))
     return out
 
 

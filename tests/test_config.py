@@ -77,11 +77,11 @@ def test_every_setting_can_be_read_back_from_what_is_shown(empty_folder):
 
 
 def test_shown_settings_name_their_source_and_hide_secrets():
-    trees = crosscurrent._trees(["pseudonym.key=geheim"], None, {"CROSSCURRENT_KAFKA__SASL_PASSWORD": "hidden"})
+    trees = crosscurrent._trees(["pseudonym.key=geheim"], None, {"CROSSCURRENT_KAFKA__SASL_PASSWORD": "heimlich"})
     shown = settings_as_toml(crosscurrent._settings(trees), trees)
     assert 'key = "**********"  # command line' in shown
     assert 'sasl_password = "**********"  # environment' in shown
-    assert "geheim" not in shown and "hidden" not in shown
+    assert "geheim" not in shown and "heimlich" not in shown
 
 
 @pytest.mark.parametrize(
