@@ -496,7 +496,8 @@ def known(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict
         f"{SHOPPERS.n_shoppers:,} shoppers, {DAYS:.0f} days, {len(world.examples):,} events; train, validate and test are "
         f"days {PARTS}, every event of them an anchor. LightGBM is the better of fixed and tuned ({TRIALS} random settings) "
         f"in each cell, on test. One seed, {draws} draws of users. *bayes* knows the hidden state: with it, the label is a "
-        "draw of a known coin.",
+        "draw of a known coin. *transformer* and *hidden_markov* (`trainer/markov.py`, which sees events and no feature) "
+        "are members of the teacher, alone.",
         "",
         table(everybody, names, "auc"),
         "",
