@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -263,18 +263,25 @@ def logit(p):
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def judge(bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: int = TEST) -> dict[tuple[str, str], dict]:
-    """Cell → n, users, base rate, and for each model (a list of seeds) the mean over seeds of each figure, with draws of AUC
-    and log-loss. Probabilities are calibrated on the validation anchors, platform by platform and task by task, as the
-    trainer does: pulled to the logits as they are, the more so the more a user's events err together. Figures
-    named `refreshed_…` are of probabilities that `refreshed` calibrates again and again, as the trainer's rounds do."""
+def judge(
+    bench: Bench, models: dict[str, list[np.ndarray]], draws: int, part: int = TEST, cells: Container = CELLS
+) -> dict[tuple[str, str], dict]:
+    """Cell → n, users, base rate, and for each model (a list of seeds) the mean over seeds of each figure, with draws of
+    AUC, log-loss and the square of the calibration error. Probabilities are calibrated on the validation anchors, platform
+    by platform and task by task, as the trainer does: pulled to the logits as they are, the more so the more a user's
+    events err together. Figures named `refreshed_…` are of probabilities that `refreshed` calibrates again and again, as
+    the trainer's rounds do."""
     examples = bench.examples
     out = {}
     split_M, anchor_M = bench.data.split_N[examples.index_M], bench.data.anchor_N[examples.index_M]
+    calibrates_M = anchor_M | bench.data.gap_anchors()[examples.index_M]
     for (row, task), (platform, name) in zip(cells_of(bench), CELLS, strict=True):
+        if (platform, name) not in cells:
+            continue
         here = anchor_M & (examples.platform_M == row)
         at, check = np.flatnonzero(here & (split_M == part)), np.flatnonzero(here & (split_M == VALIDATE))
-        later_M = here & (examples.ts_M >= examples.ts_M[check].min(initial=np.iinfo(np.int64).max))
+        later_M = calibrates_M & (examples.platform_M == row)
+        later_M &= examples.ts_M >= examples.ts_M[check].min(initial=np.iinfo(np.int64).max)
         y, user = examples.y_MT[at, task], examples.user_M[at]
         resamples = metrics.Resamples(user, draws)
         horizon_ms = int(1000 * HORIZONS_S[name])
@@ -314,6 +321,7 @@ def refreshed(z_M, y_M, ts_M, user_M, anchors: np.ndarray, at: np.ndarray, horiz
 def _figures(y, z, p, later, user, resamples: metrics.Resamples) -> dict:
     """`p`: calibrated once; `later`: by `refreshed`."""
     losses, later_losses = metrics.log_losses(y, p), metrics.log_losses(y, later)
+    square, square_draws = metrics.ece_squares(y, later, resamples.means)
     at_half = metrics.at_threshold(y, p, 0.5)
     return {
         "auc": metrics.auc(y, z),
@@ -329,6 +337,8 @@ def _figures(y, z, p, later, user, resamples: metrics.Resamples) -> dict:
         "refreshed_log_loss_draws": resamples.mean(later_losses),
         "refreshed_ece": metrics.ece(y, later),
         "refreshed_ece_of_users": metrics.ece(y, later, user=user),
+        "refreshed_ece_square": square,
+        "refreshed_ece_square_draws": square_draws,
         "refreshed_predicted_over_actual": metrics.predicted_over_actual(y, later),
         **{f"{name}_at_0.5": value for name, value in at_half._asdict().items()},
     }

@@ -96,6 +96,8 @@ class DataSet(NamedTuple):
     """bool: from the first day of training to the first of validation; a teacher may be asked, labels or not."""
     anchor_N: np.ndarray
     """bool: scored, where its split is one."""
+    uncapped_N: np.ndarray
+    """bool: the same without the cap on a user's anchors, in the gaps too."""
     y_NT: np.ndarray
     """uint8 (n, len(TASKS))."""
     can_NT: np.ndarray
@@ -107,6 +109,16 @@ class DataSet(NamedTuple):
         """Positions of a cell's anchors in one part of the split."""
         here = self.history.platform == self.history.platforms.index(platform)
         return np.flatnonzero(here & self.anchor_N & (self.split_N == part) & self.can_NT[:, TASKS.index(task)])
+
+    def gap_anchors(self) -> np.ndarray:
+        """bool: anchors of the gaps, the cap being on both together. Nothing learns from them and nothing is judged on
+        them; a trainer would calibrate with them."""
+        at = np.flatnonzero(self.uncapped_N & (self.split_N == -1))
+        capped = np.array([MATRIX[name].capped for name in self.history.platforms])[self.history.platform[at]]
+        out = np.zeros(len(self.uncapped_N), bool)
+        out[at[~capped]] = True
+        out[at[capped]] = _at_most(ANCHORS_A_USER, capped[capped], self.history.user[at[capped]], self.split_N[at[capped]])
+        return out
 
 
 def load(
@@ -197,14 +209,14 @@ def _as_dataset(events: list[CanonicalEvent], platforms: tuple[str, ...]) -> Dat
     first = labels["return"]
     columns = [first.y_N3[:, 0], first.y_N3[:, 1], *(labels[task].y_N3[:, 2] for task in RETURNS_S)]
     y_NT = np.stack(columns, axis=1)
-    split_N, anchor_N = np.full(len(events), -1, np.int8), np.zeros(len(events), bool)
-    taught_N = np.zeros(len(events), bool)
+    split_N = np.full(len(events), -1, np.int8)
+    anchor_N, uncapped_N, taught_N = np.zeros((3, len(events)), bool)
     can_NT = np.zeros(y_NT.shape, bool)
     for index, name in enumerate(platforms):
         own = np.flatnonzero(history.platform == index)
-        split_N[own], anchor_N[own], taught_N[own] = _split(history, own, MATRIX[name])
+        split_N[own], anchor_N[own], uncapped_N[own], taught_N[own] = _split(history, own, MATRIX[name])
         can_NT[own] = [task in MATRIX[name].tasks for task in TASKS]
-    return DataSet(history, split_N, taught_N, anchor_N, y_NT, can_NT, first.category_N)
+    return DataSet(history, split_N, taught_N, anchor_N, uncapped_N, y_NT, can_NT, first.category_N)
 
 
 def _as_history(events: list[CanonicalEvent], platforms: tuple[str, ...]) -> History:
@@ -230,8 +242,8 @@ def _as_history(events: list[CanonicalEvent], platforms: tuple[str, ...]) -> His
     return History(out, user, platform, zeros, np.arange(n), list(users), platforms, categories)
 
 
-def _split(history: History, own: np.ndarray, spec: Spec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """→ (split, anchor, taught) of a platform's events, which are in the order of time."""
+def _split(history: History, own: np.ndarray, spec: Spec) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """→ (split, anchor, uncapped, taught) of a platform's events, which are in the order of time."""
     ts, user = history.events["ts"][own], history.user[own]
     bought = history.events["kind"][own] == PURCHASE
     day = (ts - ts.min()) / DAY_MS
@@ -239,12 +251,13 @@ def _split(history: History, own: np.ndarray, spec: Spec) -> tuple[np.ndarray, n
     split[day < spec.days[0][0]] = -2
     for part, (start, stop) in enumerate(spec.days):
         split[(day >= start) & (day < stop)] = part
-    anchor = _so_far(bought, user) >= spec.least_buys
+    uncapped = _so_far(bought, user) >= spec.least_buys
     if spec.sales_only:
-        anchor &= bought
+        uncapped &= bought
+    anchor = uncapped.copy()
     if spec.capped:
         anchor &= _at_most(ANCHORS_A_USER, anchor & (split >= 0), user, split)
-    return split, anchor, (day >= spec.days[0][0]) & (day < spec.days[1][0])
+    return split, anchor, uncapped, (day >= spec.days[0][0]) & (day < spec.days[1][0])
 
 
 def _so_far(happened: np.ndarray, user: np.ndarray) -> np.ndarray:

@@ -288,6 +288,8 @@ def _key(bench: Bench) -> str:
 
 SOURCE_SEEDS = (0, 1, 2)
 """Of the sources that are judged without a label of the target; the draws begin at the first."""
+ALL_ANCHORS = "all anchors"
+"""Of a platform whose users' anchors are capped elsewhere."""
 
 
 def gain(draws: dict[str, list[Draw]], ours: str, theirs: str, cell: int | None = None) -> metrics.Interval:
@@ -413,7 +415,13 @@ def measure(bench: Bench, quick: bool) -> Section:
         share: {name: merged(found, name, of.get(share, of[share.split()[0]])) for name, of in users.items()}
         for share in dict.fromkeys(share for of in users.values() for share in of)
     }
-    zero = {name: zero_shot(at, sources(bench, at)) for name, at in grounds.items()}
+    of_sources = {name: sources(bench, at) for name, at in grounds.items()}
+    zero = {name: zero_shot(at, of_sources[name]) for name, at in grounds.items()}
+    zero |= {
+        f"{name}, {ALL_ANCHORS}": zero_shot(uncapped(bench, at), of_sources[name])
+        for name, at in grounds.items()
+        if MATRIX[name].capped
+    }
     platforms = bench.data.history.platforms
     alike = {
         name: {other: likeness(at, 1 + i)._asdict() for i, other in enumerate(platforms) if other != name}
@@ -471,6 +479,14 @@ def sources(bench: Bench, at: Ground) -> list[Network]:
             network.load_state_dict({key: torch.from_numpy(kept[key]) for key in kept.files})
         others.append(network)
     return [at.source, *others]
+
+
+def uncapped(bench: Bench, at: Ground) -> Ground:
+    """The same, judged on all anchors of its users."""
+    data, index_M = bench.data, at.test.index_M
+    place = np.flatnonzero(data.uncapped_N[index_M] & (data.split_N[index_M] == TEST))
+    resamples = metrics.Resamples(at.test.user_M[place], RESAMPLES)
+    return at._replace(anchors=[place for _ in at.tasks], resamples=[resamples] * len(at.tasks))
 
 
 def zero_shot(at: Ground, networks: list[Network]) -> dict[str, dict]:
@@ -540,8 +556,8 @@ def bars(by: dict, figures: dict) -> dict[str, dict]:
         )
 
     five, ten, five_lr, ten_lr = (at(s, t) for t in ("scratch", "logistic") for s in ("5%", "10%"))
-    zero = {name: figures["zero_shot"][name]["renormalise"] for name in TARGETS}
-    rr, tb = (zero[name]["heads"] for name in TARGETS)
+    zero = {name: ways["renormalise"] for name, ways in figures["zero_shot"].items()}
+    rr, tb, whole = (zero[name]["heads"] for name in (*TARGETS, f"retailrocket, {ALL_ANCHORS}"))
     guarded = [cell for share in ("1%", "5%", "10%", "100%") for cell in figures["hurt"][f"{share} auto"]]
     free = [cell for share in ("1%", "5%", "10%", "100%") for cell in figures["hurt"][f"{share} unguarded"]]
     return {
@@ -560,6 +576,13 @@ def bars(by: dict, figures: dict) -> dict[str, dict]:
             {"retailrocket": rr, "taobao": tb, "retailrocket, return within a day too": zero["retailrocket"]["macro"]},
             rr[0] >= 0.75 and tb[0] >= 0.57,
             rr[0] >= 0.78 and tb[0] >= 0.60,
+        ),
+        "… the same, retailrocket on the anchors of which its figure was set": bar(
+            "≥ .75 / .57",
+            "≥ .78 / .60",
+            {"retailrocket": whole, "taobao": tb},
+            whole[0] >= 0.75 and tb[0] >= 0.57,
+            whole[0] >= 0.78 and tb[0] >= 0.60,
         ),
         "platform × head cells hurt beyond −.001 (significant) with the guard": bar(
             "0",
@@ -656,7 +679,9 @@ def text(by: dict, figures: dict) -> str:
         "### Zero-shot",
         "",
         f"Mean over {len(SOURCE_SEEDS)} sources, which differ by their seed. *Heads*: mean over click, purchase and return, "
-        "each once, which is what the bar was set by.",
+        "each once, which is what the bar was set by. Its .75 was set by a prototype's .738, .817 and .752 on all 4,271 "
+        f"test anchors of retailrocket (*{ALL_ANCHORS}* below); the bar's first line, as all else here, takes at most 50 of "
+        "each user's.",
         "",
         "| target | standardised | macro AUC, heads | of each source | macro AUC, cells | cells |",
         "|---|---|---|---|---|---|",

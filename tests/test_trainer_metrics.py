@@ -93,6 +93,24 @@ def test_the_calibration_error_of_users_who_err_together_is_about_nothing_where_
     assert metrics.ece(wrong, p, user=singles) == pytest.approx(metrics.ece(wrong, p), abs=0.001)
 
 
+def test_the_interval_of_the_calibration_error_of_users_holds_what_is_true():
+    """150 users of 20 events, each user off by a shift of his own: honest on the whole, or wrong by a tenth."""
+    rng = np.random.default_rng(6)
+    user = np.repeat(np.arange(150), 20)
+    resamples = metrics.Resamples(user, 100)
+    above, held = [], []
+    for _ in range(30):
+        p = np.repeat(rng.uniform(0.3, 0.7, 150), 20)
+        truth = p + np.repeat(rng.choice([-0.15, 0.15], 150), 20)
+        outcome = rng.random(len(user))
+        honest = metrics.ece_interval(*metrics.ece_squares(outcome < truth, p, resamples.means))
+        wrong = metrics.ece_interval(*metrics.ece_squares(outcome < truth + 0.1, p, resamples.means))
+        above.append(honest.low > 0.010)
+        held.append(wrong.low < 0.1 < wrong.high)
+        assert wrong.low > honest.low or honest.low == 0.0
+    assert np.mean(above) <= 0.1 and np.mean(held) >= 0.85
+
+
 def test_at_threshold():
     y, p = np.array([1, 1, 0, 0, 0]), np.array([0.9, 0.2, 0.6, 0.1, 0.5])
     assert metrics.at_threshold(y, p, 0.5) == (pytest.approx(0.4), pytest.approx(1 / 3), 0.5, pytest.approx(0.4))

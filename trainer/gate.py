@@ -20,7 +20,7 @@ Rules, every one of which is judged and reported, in this order (`Limits` holds 
 Intervals are 95 %, by resampling users whole, the same resamples for both models. A user's events are no independent
 trials, so where there are too few users there is no interval, and only rules that speak of the point can refuse.
 
-Shapes: N events of `Paired`; n events of a group (a cell or a slice × head); D resamples; B bins.
+Shapes: N events of `Paired`; n events of a group (a cell or a slice × head); D resamples.
 Knows nothing of training, files, Kafka, or how a model came about; `decide` knows no model either.
 """
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -49,7 +50,6 @@ Check = Callable[[], None]
 TIMED_EVENTS = 1024
 TOP_CATEGORIES = 10
 NAN = float("nan")
-_ECE_BINS = 15
 _MAX_TS = 253_402_300_799_999
 """The last ms that a canonical event may have."""
 _OUTCOMES: dict[str, Outcome] = {
@@ -368,27 +368,10 @@ def _rankings(group: _Group, limits: Limits) -> dict[str, Compared]:
 
 
 def _ece(group: _Group, p: np.ndarray) -> Interval:
-    """Calibration error over bins of about equal mass, debiased.
-
-    The square of a bin's gap holds the gap's own variance, and that of a resample's gap holds it twice: once as the
-    sample has it, once from resampling. Both are taken off, or the interval of a perfect model would lie above 0. The
-    variance is that between resamples of users, since a user's events err together.
-    """
+    """Calibration error; of too few users without an interval, and as if their events erred alone."""
     if group.draws is None:
         return Interval(metrics.ece(group.y, p), NAN, NAN)
-    edges = np.unique(np.quantile(p, np.arange(1, _ECE_BINS) / _ECE_BINS))
-    bin_n, error_n = np.searchsorted(edges, p), p - group.y
-    inside_Bn = [bin_n == b for b in np.unique(bin_n)]
-    means_KD = group.draws.means(group.at, *inside_Bn, *(inside * error_n for inside in inside_Bn))
-    means_KD = means_KD[:, ~np.isnan(means_KD[0])]
-    share_BD, error_BD = np.split(means_KD, 2)
-    gap_BD = error_BD / np.where(share_BD > 0.0, share_BD, 1.0)
-    noise_B = gap_BD.var(axis=1)
-    share_B = np.array([inside.mean() for inside in inside_Bn])
-    gap_B = np.array([error_n[inside].mean() for inside in inside_Bn])
-    square = float(share_B @ (gap_B**2 - noise_B))
-    draws = (share_BD * (gap_BD**2 - 2.0 * noise_B[:, None])).sum(axis=0)
-    return Interval(*(math.sqrt(max(0.0, part)) for part in _interval(square, draws)))
+    return metrics.ece_interval(*metrics.ece_squares(group.y, p, partial(group.draws.means, group.at)))
 
 
 def _mean_log_loss(gating: list[_Group], draws: _Draws, limits: Limits) -> Compared:

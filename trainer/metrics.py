@@ -160,6 +160,31 @@ def _noise_of_users(error: np.ndarray, at: np.ndarray, user: np.ndarray, bins: i
     return square_B * users_B / np.maximum(users_B - 1, 1) / np.maximum(np.bincount(at, minlength=bins), 1) ** 2
 
 
+def ece_squares(y: np.ndarray, p: np.ndarray, means: Callable[..., np.ndarray], bins: int = 15) -> tuple[float, np.ndarray]:
+    """→ the debiased square of the calibration error over bins of about equal mass, a user's events erring together; (D,)
+    its draws. `means`: values (n,) … → (values, D) their means over the events that each resample of users drew.
+
+    The square of a bin's gap holds the gap's own variance, and that of a resample's gap holds it twice: once as the
+    sample has it, once from resampling. Both are taken off, or the interval of a perfect model would lie above 0.
+    """
+    edges = np.unique(np.quantile(p, np.arange(1, bins) / bins))
+    bin_n, error_n = np.searchsorted(edges, p), p - y
+    inside_Bn = [bin_n == b for b in np.unique(bin_n)]
+    means_KD = means(*inside_Bn, *(inside * error_n for inside in inside_Bn))
+    means_KD = means_KD[:, ~np.isnan(means_KD[0])]
+    share_BD, error_BD = np.split(means_KD, 2)
+    gap_BD = error_BD / np.where(share_BD > 0.0, share_BD, 1.0)
+    noise_B = gap_BD.var(axis=1)
+    share_B = np.array([inside.mean() for inside in inside_Bn])
+    gap_B = np.array([error_n[inside].mean() for inside in inside_Bn])
+    return float(share_B @ (gap_B**2 - noise_B)), (share_BD * (gap_BD**2 - 2.0 * noise_B[:, None])).sum(axis=0)
+
+
+def ece_interval(square: float, square_draws: np.ndarray) -> Interval:
+    """Of `ece_squares`: the error, at least 0, with its interval."""
+    return Interval(*(float(np.sqrt(max(0.0, part))) for part in interval(square, square_draws)))
+
+
 def predicted_over_actual(y: np.ndarray, p: np.ndarray, w: np.ndarray | None = None) -> float:
     """Sum of the probabilities over the number of positives; NaN without positives."""
     actual = _mean(y.astype(np.float64), w)
@@ -257,6 +282,10 @@ class Resamples:
         sums_U = np.bincount(self._of_event, values, self._times_DU.shape[1])
         n_U = np.bincount(self._of_event, minlength=self._times_DU.shape[1])
         return (self._times_DU @ sums_U) / (self._times_DU @ n_U)
+
+    def means(self, *values: np.ndarray) -> np.ndarray:
+        """(len(values), draws) of `mean`."""
+        return np.stack([self.mean(own) for own in values])
 
     def of(self, figure: Callable[[np.ndarray], float]) -> np.ndarray:
         """(draws,) of any figure of the weights."""
