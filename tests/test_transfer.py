@@ -1,6 +1,7 @@
 """The ladder: each rung changes what it says and nothing else, folds its changes in exactly, and the guard guards."""
 
 import dataclasses
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -12,6 +13,8 @@ from synthetic_history import examples_until, make_config, make_history
 
 from models.artifact import load, publish
 from models.config import TRANSFER_RUNGS, FoldConfig, HorizonsConfig, TrainerConfig
+from models.events import KINDS
+from models.fold import FEATURE_NAMES
 from models.scorer import Model, identity_calibration
 from models.student import Student
 from trainer import transfer as ladder
@@ -90,6 +93,67 @@ def test_what_no_platform_of_the_source_knows_says_nothing_on_the_target(task, e
     said = logits(adopt(source, task.row, rest), known, np.arange(len(known)))
     features[:, 7] = 3.0
     np.testing.assert_array_equal(logits(adopt(source, task.row, rest), known, np.arange(len(known))), said)
+
+
+@pytest.fixture(scope="module")
+def two_platforms(task, config):
+    """Every other user of `shop` moves to a third platform: → examples of both, a student's shape for three."""
+    rest = task.rest
+    moved_M = np.where(rest.user_M % 2 == 0, len(config.platforms) + 1, rest.platform_M)
+    columns = rest.columns._replace(platform_N=torch.from_numpy(moved_M.astype(np.int64)))
+    return dataclasses.replace(rest, columns=columns), msgspec.structs.replace(
+        config, platforms=(*config.platforms, "stall")
+    )
+
+
+def differently(examples, names, of_M=slice(None)):
+    """The examples, with other values of the features in the rows `of_M`."""
+    features = examples.columns.features_NF.clone()
+    for name in names:
+        values = features[of_M, FEATURE_NAMES.index(name)]
+        features[of_M, FEATURE_NAMES.index(name)] = 0.25 * (torch.arange(len(values)) % 5)
+    return dataclasses.replace(examples, columns=examples.columns._replace(features_NF=features))
+
+
+def test_a_source_does_not_hear_the_calendar(task):
+    everything = np.arange(len(task.own))
+    said = logits(task.source, task.own, everything)
+    assert logits(task.source, differently(task.own, ladder.CALENDAR), everything).tobytes() == said.tobytes()
+    assert logits(task.source, differently(task.own, ["log_dt"]), everything).tobytes() != said.tobytes()
+    assert torch.isfinite(task.source.student.feature_mean_PF).all()
+    hours = task.own.columns.features_NF[:, FEATURE_NAMES.index("hour_cos")]
+    mean = task.source.student.feature_mean_PF[task.row, FEATURE_NAMES.index("hour_cos")]
+    assert hours.min() < mean < hours.max() and mean != 0.0  # for whoever learns on from it
+
+
+def test_a_source_is_silent_on_what_one_of_its_platforms_alone_varied(two_platforms, task):
+    """A count that both vary speaks, one that one of them varies does not, and of a single platform all speak."""
+    both, config = two_platforms
+    name, one = "log_count_favorite_7d", both.platform_M == both.platform_M.max()
+    by_both, by_one = differently(both, [name]), differently(differently(both, [name]), [name], ~one)
+    by_one.columns.features_NF[torch.from_numpy(~one), FEATURE_NAMES.index(name)] = 1.0
+    alone = subset(by_one, np.flatnonzero(one))
+    for rest, speaks in ((by_both, True), (by_one, False), (alone, True)):
+        source = pretrain(rest, np.full((len(rest), 7), 1 / 7, np.float32), config, FEW)
+        said, other = (logits(source, examples, np.arange(len(both))) for examples in (both, differently(both, [name])))
+        assert (said.tobytes() != other.tobytes()) == speaks
+
+
+def test_a_kind_that_no_platform_has_is_taken_for_the_next_one_up_the_funnel(two_platforms):
+    both, config = two_platforms
+    kinds = [FEATURE_NAMES.index(f"kind_{kind}") for kind in KINDS]
+    features = both.columns.features_NF.clone()
+    features[:, kinds] = 0.0
+    for kind, of_it in (("favorite", 0), ("cart", 1), ("purchase", 2), ("cancel", 3)):
+        features[of_it::4, FEATURE_NAMES.index(f"kind_{kind}")] = 1.0
+    rest = dataclasses.replace(both, columns=both.columns._replace(features_NF=features))
+    source = pretrain(rest, np.full((len(rest), 7), 1 / 7, np.float32), config, FEW)
+    student, width = source.student, config.head_width
+    for weight_K in (student.embed.weight[:, kinds], student.head_weight_POK[0, :, width:][:, kinds]):
+        _, view, click, favorite, cart, purchase, cancel = weight_K.T
+        assert torch.equal(view, favorite) and torch.equal(click, favorite) and favorite.any()
+        for one, other in pairwise((favorite, cart, purchase, cancel)):
+            assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -268,14 +332,10 @@ def test_a_rung_that_was_not_rehearsed_is_expected_to_gain_nothing():
 
 
 @pytest.fixture(scope="module")
-def stand_ins(task, config):
-    """Every other user of `shop` moves to a third platform: each of the two stands in for `till`."""
-    rest, third = task.rest, len(config.platforms) + 1
-    moved_M = np.where(rest.user_M % 2 == 0, third, rest.platform_M)
-    columns = rest.columns._replace(platform_N=torch.from_numpy(moved_M.astype(np.int64)))
-    rest = dataclasses.replace(rest, columns=columns)
-    wide = msgspec.structs.replace(config, platforms=(*config.platforms, "stall"))
-    return [understudy(rest, task.q_rest_MG, int(row), wide, FEW) for row in np.unique(moved_M)]
+def stand_ins(task, two_platforms):
+    """Each of the two stands in for `till`."""
+    rest, config = two_platforms
+    return [understudy(rest, task.q_rest_MG, int(row), config, FEW) for row in np.unique(rest.platform_M)]
 
 
 def test_an_understudy_is_taught_by_the_others_alone(stand_ins):

@@ -44,6 +44,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models.config import FoldConfig
+from models.events import KINDS
+from models.fold import FEATURE_NAMES
 from models.scorer import Model
 from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_scan
 from trainer import metrics
@@ -76,6 +78,9 @@ GROUPS = 20
 """Of users, at most, in the guard's jackknife."""
 SOURCE_STRANGERS = 0.3
 """Share of users whom a source learns from as if of an unknown platform."""
+CALENDAR = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "weekend")
+FUNNEL = KINDS[: KINDS.index("purchase") + 1]
+"""Kinds of events in the order of how much they mean."""
 REVERSED = 0.1
 """How much of the critic's gradient, reversed, reaches the body."""
 
@@ -138,28 +143,56 @@ def pretrain(
 ) -> Network:
     """A network that learns to serve platforms it has not seen: of `rest`, with one shared head (row 0) and no word on
     which platform an event is from, except its standardisation and its base rates. Of so many users as SOURCE_STRANGERS not
-    even the standardisation is the platform's own: what is learned of them does not lean on it."""
+    even the standardisation is the platform's own: what is learned of them does not lean on it. It is silent on the
+    calendar, since hours and days off are a place's own, and on what `_generalised` says."""
+    timeless = _without_calendar(rest)
+    varies_PF = _varies(timeless)
     torch.manual_seed(schedule.seed)
     student = Student(config, schedule.dropout)
-    student.fit_normalisation(rest.columns.features_NF.numpy(), rest.platform_M)
+    student.fit_normalisation(timeless.columns.features_NF.numpy(), rest.platform_M)
     network = Network(student, len(rest.tasks))
     start_at_base_rates(network, rest)
     with torch.no_grad():
         student.platform.weight.zero_()
-        student.embed.weight[:, : config.n_features][:, _constant(rest)] = 0.0
+        # No gradient reaches what varies nowhere: its weights would stay as they began, and speak by chance on a target.
+        student.embed.weight[:, : config.n_features][:, ~varies_PF.any(axis=0)] = 0.0
     with _rows_only(network, 0, biases=False) as rows:
-        fit(network, rows + _body(student), rest, q_MG, schedule._replace(stranger=SOURCE_STRANGERS), check=check)
+        fit(network, rows + _body(student), timeless, q_MG, schedule._replace(stranger=SOURCE_STRANGERS), check=check)
+    _generalised(network, varies_PF)
+    student.fit_normalisation(rest.columns.features_NF.numpy(), rest.platform_M)
     return network
 
 
-def _constant(examples: Examples) -> np.ndarray:
-    """(F,) bool: features that vary on no platform. No gradient reaches their weights, which stay as they began: where a
-    target has such a feature (views, of which the others know nothing) it would speak by chance."""
+def _without_calendar(examples: Examples) -> Examples:
+    features_NF = examples.columns.features_NF.clone()
+    features_NF[:, [FEATURE_NAMES.index(name) for name in CALENDAR]] = 0.0
+    return dataclasses.replace(examples, columns=examples.columns._replace(features_NF=features_NF))
+
+
+def _varies(examples: Examples) -> np.ndarray:
+    """(platforms that occur, F) bool."""
     features_MF = examples.columns.features_NF.numpy()
-    varies_F = np.zeros(features_MF.shape[1], bool)
-    for row in np.unique(examples.platform_M):
-        varies_F |= features_MF[examples.platform_M == row].std(axis=0, dtype=np.float64) >= LEAST_STD
-    return ~varies_F
+    std_PF = [
+        features_MF[examples.platform_M == row].std(axis=0, dtype=np.float64) for row in np.unique(examples.platform_M)
+    ]
+    return np.stack(std_PF) >= LEAST_STD
+
+
+@torch.no_grad()
+def _generalised(network: Network, varies_PF: np.ndarray) -> None:
+    """Of what one platform alone varied (its carts) the source is silent: it had to be learned from, or its neighbours
+    would have learned to speak for it, but it is that platform's own. The kind of the event itself stays, and a kind that
+    no platform has is taken for the next one up the funnel that some platform has (a view for a favorite)."""
+    kinds = [FEATURE_NAMES.index(f"kind_{kind}") for kind in KINDS]
+    alone_F = (varies_PF.sum(axis=0) == 1) & (len(varies_PF) > 1)
+    alone_F[kinds] = False
+    known_K = varies_PF.any(axis=0)[kinds[: len(FUNNEL)]]
+    next_up = {i: i + int(known_K[i:].argmax()) for i in np.flatnonzero(~known_K) if known_K[i:].any()}
+    student, width = network.student, network.student.config.head_width
+    for weight in (student.embed.weight, student.head_weight_POK[..., width:], network.more_weight_PXK[..., width:]):
+        weight[..., np.flatnonzero(alone_F)] = 0.0
+        for i, j in next_up.items():
+            weight[..., kinds[i]] = weight[..., kinds[j]]
 
 
 def adopt(source: Network, row: int, own: Examples, least: int = 64) -> Network:
