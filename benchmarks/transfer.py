@@ -136,13 +136,13 @@ def ground(bench: Bench, name: str) -> Ground:
     )
 
 
-def _source(bench: Bench, without: tuple[str, ...], rest: Examples) -> tuple[Network, np.ndarray]:
+def _source(bench: Bench, without: tuple[str, ...], rest: Examples, seed: int = SOURCE.seed) -> tuple[Network, np.ndarray]:
     """The network of `rest`, the platforms other than `without`, from the cache where it is there."""
-    name = "-".join(without)
+    name = "-".join(without) + (f"-s{seed}" if seed != SOURCE.seed else "")
     config, path = student_config(bench.data), bench.cache / f"transfer-source-{name}-{_key(bench)}.npz"
     if not path.exists():
         q_MG = category_targets(rest, bench.data.history.categories, len(config.platforms))[1]
-        trained = pretrain(rest, q_MG, config, SOURCE)
+        trained = pretrain(rest, q_MG, config, SOURCE._replace(seed=seed))
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, q_MG=q_MG, **{key: value.numpy() for key, value in trained.state_dict().items()})
         os.replace(temporary, path)
@@ -464,21 +464,7 @@ def merged(found: dict[Job, Draw], name: str, users: int) -> list[Draw]:
 
 def sources(bench: Bench, at: Ground) -> list[Network]:
     """The source of the draws, and others that differ from it by their seed."""
-    others, config = [], student_config(bench.data)
-    for seed in SOURCE_SEEDS[1:]:
-        schedule = SOURCE._replace(seed=seed)
-        path = bench.cache / f"transfer-source-{at.name}-s{seed}-{_key(bench)}.npz"
-        if not path.exists():
-            state = pretrain(at.rest, at.q_rest, config, schedule).state_dict()
-            temporary = path.with_suffix(".tmp.npz")
-            np.savez(temporary, **{key: value.numpy() for key, value in state.items()})
-            os.replace(temporary, path)
-            note(f"transfer: the source for {at.name}, seed {seed}")
-        network = Network(Student(config), len(at.rest.tasks))
-        with np.load(path) as kept:
-            network.load_state_dict({key: torch.from_numpy(kept[key]) for key in kept.files})
-        others.append(network)
-    return [at.source, *others]
+    return [at.source, *(_source(bench, (at.name,), at.rest, seed)[0] for seed in SOURCE_SEEDS[1:])]
 
 
 def uncapped(bench: Bench, at: Ground) -> Ground:
