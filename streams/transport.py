@@ -334,6 +334,11 @@ class Consumer(driver.Consumer):
             committed = {tp: offset for tp, offset in self._committed_offset.items() if offset is not None}
             self.committer.on_seek(committed, starts)
 
+    async def _seek(self, partition: TP, offset: int) -> None:
+        """In the fetch thread. Faust seeks in this one, and so takes from aiokafka what the other is about to hand out: a
+        KeyError there, which ends the worker."""
+        await self._thread.call_thread(self._thread.seek, partition, offset)
+
     async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
         """Faust's own timer and error path: nothing. When to commit is the committer's to know."""
         return False

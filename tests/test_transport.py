@@ -1,6 +1,7 @@
 """The consumer beside full buffers, what Faust waits for and how long; how what was fetched becomes micro-batches."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from aiokafka.structs import ConsumerRecord
 from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
+from mode.threads import QueueServiceThread
 
 from streams.app import CrosscurrentApp, Worker
 from streams.codec import Fetched
@@ -69,6 +71,26 @@ async def test_where_all_buffers_are_full_the_wait_ends_as_soon_as_one_has_room(
     assert records == {}
     await consumer._wait_next_records(1.0)
     assert consumer.asked[0][0] == {ONE}
+
+
+class Thread(QueueServiceThread):
+    """A thread that is told to seek."""
+
+    def seek(self, partition: TP, offset: int) -> None:
+        self.sought = (partition, offset, threading.current_thread())
+
+
+async def test_a_seek_is_made_in_the_thread_that_fetches(consumer: Asking):
+    """Elsewhere it would race with what that thread takes from the same dictionary."""
+    consumer._thread = thread = Thread()
+    await thread.start()
+    try:
+        await asyncio.wait_for(consumer.seek(ONE, 7), 10)
+        *where, by = thread.sought
+        assert where == [ONE, 7] and by is not threading.current_thread()
+        assert consumer._read_offset[ONE] == 7
+    finally:
+        await thread.stop()
 
 
 async def test_where_all_buffers_stay_full_the_wait_ends_in_time(consumer: Asking):
