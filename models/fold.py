@@ -80,10 +80,13 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 }
 FEATURE_NAMES: tuple[str, ...] = tuple(name for names in _GROUPS.values() for name in names)
 N_FEATURES = len(FEATURE_NAMES)
-_START = {group: FEATURE_NAMES.index(names[0]) for group, names in _GROUPS.items()}
-_F_KIND, _F_COUNTS, _F_SINCE, _F_SESSION = (_START[g] for g in ("kind", "counts", "since", "session"))
-_F_VISITS, _F_BASKET, _F_CALENDAR = (_START[g] for g in ("visits", "basket", "calendar"))
-_F_CATEGORY, _F_ITEM = (_START[g] for g in ("category", "item"))
+FEATURE_COLUMNS: dict[str, slice] = {
+    group: slice(start := FEATURE_NAMES.index(names[0]), start + len(names)) for group, names in _GROUPS.items()
+}
+"""Where the features of a group stand."""
+_F_KIND, _F_COUNTS, _F_SINCE, _F_SESSION = (FEATURE_COLUMNS[g].start for g in ("kind", "counts", "since", "session"))
+_F_VISITS, _F_BASKET, _F_CALENDAR = (FEATURE_COLUMNS[g].start for g in ("visits", "basket", "calendar"))
+_F_CATEGORY, _F_ITEM = (FEATURE_COLUMNS[g].start for g in ("category", "item"))
 _F_EVENTS = FEATURE_NAMES.index("log_events")
 _LOG_ONE_EVENT = np.float32(math.log(2.0))
 

@@ -28,7 +28,7 @@ import numpy as np
 from numba import njit
 
 from models.events import KINDS
-from models.fold import FEATURE_NAMES
+from models.fold import FEATURE_COLUMNS
 from trainer.examples import Check, Examples
 from trainer.fit import of_users_with, seen
 from trainer.teacher import Member, MoreMember
@@ -50,7 +50,6 @@ INSTANT_PULL, RATE_PULL = 20.0, 20.0
 RATE_ROUNDS = 30
 LEAST_CHANCE = 1e-4
 _BATCH = 65_536
-_KINDS = [FEATURE_NAMES.index(f"kind_{kind}") for kind in KINDS]
 
 
 class Size(NamedTuple):
@@ -418,7 +417,7 @@ def hidden_markov(size: Size = Size(), check: Check = lambda: None) -> MoreMembe
 
 
 def _events(examples: Examples, n_platforms: int) -> Events:
-    kind_M = examples.columns.features_NF.numpy()[:, _KINDS].argmax(axis=1)
+    kind_M = examples.columns.features_NF.numpy()[:, FEATURE_COLUMNS["kind"]].argmax(axis=1)
     return events_of(examples.user_M, examples.ts_M, examples.platform_M, kind_M, n_platforms)
 
 

@@ -279,13 +279,13 @@ class Resamples:
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """(draws,) weighted mean of values (n,), by sums over users: fast."""
-        sums_U = np.bincount(self._of_event, values, self._times_DU.shape[1])
-        n_U = np.bincount(self._of_event, minlength=self._times_DU.shape[1])
-        return (self._times_DU @ sums_U) / (self._times_DU @ n_U)
+        return self.means(values)[0]
 
     def means(self, *values: np.ndarray) -> np.ndarray:
         """(len(values), draws) of `mean`."""
-        return np.stack([self.mean(own) for own in values])
+        users = self._times_DU.shape[1]
+        n_D = self._times_DU @ np.bincount(self._of_event, minlength=users)
+        return np.stack([self._times_DU @ np.bincount(self._of_event, own, users) / n_D for own in values])
 
     def of(self, figure: Callable[[np.ndarray], float]) -> np.ndarray:
         """(draws,) of any figure of the weights."""

@@ -45,7 +45,7 @@ from torch.nn.utils import parametrize
 
 from models.config import FoldConfig
 from models.events import KINDS
-from models.fold import FEATURE_NAMES
+from models.fold import FEATURE_COLUMNS
 from models.scorer import Model
 from models.student import N_LOGITS, Columns, Student, StudentConfig, linear_scan
 from trainer import metrics
@@ -78,7 +78,6 @@ GROUPS = 20
 """Of users, at most, in the guard's jackknife."""
 SOURCE_STRANGERS = 0.3
 """Share of users whom a source learns from as if of an unknown platform."""
-CALENDAR = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "weekend")
 FUNNEL = KINDS[: KINDS.index("purchase") + 1]
 """Kinds of events in the order of how much they mean."""
 REVERSED = 0.1
@@ -165,7 +164,7 @@ def pretrain(
 
 def _without_calendar(examples: Examples) -> Examples:
     features_NF = examples.columns.features_NF.clone()
-    features_NF[:, [FEATURE_NAMES.index(name) for name in CALENDAR]] = 0.0
+    features_NF[:, FEATURE_COLUMNS["calendar"]] = 0.0
     return dataclasses.replace(examples, columns=examples.columns._replace(features_NF=features_NF))
 
 
@@ -183,16 +182,17 @@ def _generalised(network: Network, varies_PF: np.ndarray) -> None:
     """Of what one platform alone varied (its carts) the source is silent: it had to be learned from, or its neighbours
     would have learned to speak for it, but it is that platform's own. The kind of the event itself stays, and a kind that
     no platform has is taken for the next one up the funnel that some platform has (a view for a favorite)."""
-    kinds = [FEATURE_NAMES.index(f"kind_{kind}") for kind in KINDS]
+    kinds = FEATURE_COLUMNS["kind"]
     alone_F = (varies_PF.sum(axis=0) == 1) & (len(varies_PF) > 1)
     alone_F[kinds] = False
-    known_K = varies_PF.any(axis=0)[kinds[: len(FUNNEL)]]
+    known_K = varies_PF.any(axis=0)[kinds][: len(FUNNEL)]
     next_up = {i: i + int(known_K[i:].argmax()) for i in np.flatnonzero(~known_K) if known_K[i:].any()}
     student, width = network.student, network.student.config.head_width
     for weight in (student.embed.weight, student.head_weight_POK[..., width:], network.more_weight_PXK[..., width:]):
         weight[..., np.flatnonzero(alone_F)] = 0.0
+        of_kind = weight[..., kinds]
         for i, j in next_up.items():
-            weight[..., kinds[i]] = weight[..., kinds[j]]
+            of_kind[..., i] = of_kind[..., j]
 
 
 def adopt(source: Network, row: int, own: Examples, least: int = 64) -> Network:
