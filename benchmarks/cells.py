@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -271,36 +271,69 @@ def judge(
     by platform and task by task, as the trainer does: pulled to the logits as they are, the more so the more a user's
     events err together. Figures named `refreshed_…` are of probabilities that `refreshed` calibrates again and again, as
     the trainer's rounds do."""
-    examples = bench.examples
     out = {}
-    split_M, anchor_M = bench.data.split_N[examples.index_M], bench.data.anchor_N[examples.index_M]
-    calibrates_M = anchor_M | bench.data.gap_anchors()[examples.index_M]
-    for (row, task), (platform, name) in zip(cells_of(bench), CELLS, strict=True):
-        if (platform, name) not in cells:
-            continue
-        here = anchor_M & (examples.platform_M == row)
-        at, check = np.flatnonzero(here & (split_M == part)), np.flatnonzero(here & (split_M == VALIDATE))
-        later_M = calibrates_M & (examples.platform_M == row)
-        later_M &= examples.ts_M >= examples.ts_M[check].min(initial=np.iinfo(np.int64).max)
-        y, user = examples.y_MT[at, task], examples.user_M[at]
+    for cell in _judged(bench, part, cells):
+        y, user = cell.y_M[cell.at], bench.examples.user_M[cell.at]
         resamples = metrics.Resamples(user, draws)
-        horizon_ms = int(1000 * HORIZONS_S[name])
-        cell = {"n": len(at), "users": len(np.unique(user)), "base_rate": float(y.mean()), "models": {}}
+        found = {"n": len(cell.at), "users": len(np.unique(user)), "base_rate": float(y.mean()), "models": {}}
         for model, seeds in models.items():
             figures = []
             for logits_MT in seeds:
-                z = logits_MT[at, task]
-                slope, offset = affine(
-                    logits_MT[check, task], examples.y_MT[check, task], (1.0, 0.0), examples.user_M[check]
-                )
-                z_M, y_M = logits_MT[:, task], examples.y_MT[:, task]
-                later = refreshed(
-                    z_M, y_M, examples.ts_M, examples.user_M, np.flatnonzero(later_M), at, horizon_ms, len(check)
-                )
-                figures.append(_figures(y, z, 1 / (1 + np.exp(-(slope * z + offset))), later, user, resamples))
-            cell["models"][model] = {key: np.mean([each[key] for each in figures], axis=0) for key in figures[0]}
-        out[platform, name] = cell
+                z_M = logits_MT[:, cell.task]
+                z = z_M[cell.at]
+                check_user = bench.examples.user_M[cell.check]
+                slope, offset = affine(z_M[cell.check], cell.y_M[cell.check], (1.0, 0.0), check_user)
+                once = 1 / (1 + np.exp(-(slope * z + offset)))
+                figures.append(_figures(y, z, once, _as_served(bench, cell, z_M), user, resamples))
+            found["models"][model] = {key: np.mean([each[key] for each in figures], axis=0) for key in figures[0]}
+        out[cell.key] = found
     return out
+
+
+def by_chance(bench: Bench, logits_MT: np.ndarray, draws: int) -> dict[tuple[str, str], np.ndarray]:
+    """Cell → (2, draws): `refreshed_ece` and `refreshed_ece_of_users` that the same test events would show of a model whose
+    probabilities are right: what such a figure cannot be told from."""
+    out = {}
+    for cell in _judged(bench, TEST, CELLS):
+        y, user = cell.y_M[cell.at], bench.examples.user_M[cell.at]
+        p = _as_served(bench, cell, logits_MT[:, cell.task])
+        right = metrics.as_if_calibrated(y, p, user, draws)
+        out[cell.key] = np.array([(metrics.ece(each, p), metrics.ece(each, p, user=user)) for each in right]).T
+    return out
+
+
+class _Judged(NamedTuple):
+    """A cell with the positions of its anchors."""
+
+    key: tuple[str, str]
+    task: int
+    y_M: np.ndarray
+    at: np.ndarray
+    check: np.ndarray
+    """Of validation."""
+    later: np.ndarray
+    """From validation's first on, those of the gap before the test and of the test too: what may calibrate anew."""
+
+
+def _judged(bench: Bench, part: int, cells: Container) -> Iterator[_Judged]:
+    examples = bench.examples
+    split_M, anchor_M = bench.data.split_N[examples.index_M], bench.data.anchor_N[examples.index_M]
+    calibrates_M = anchor_M | bench.data.gap_anchors()[examples.index_M]
+    for (row, task), key in zip(cells_of(bench), CELLS, strict=True):
+        if key not in cells:
+            continue
+        of_row = examples.platform_M == row
+        at, check = (np.flatnonzero(anchor_M & of_row & (split_M == one)) for one in (part, VALIDATE))
+        first_ms = examples.ts_M[check].min(initial=np.iinfo(np.int64).max)
+        later = np.flatnonzero(calibrates_M & of_row & (examples.ts_M >= first_ms))
+        yield _Judged(key, task, examples.y_MT[:, task], at, check, later)
+
+
+def _as_served(bench: Bench, cell: _Judged, z_M: np.ndarray) -> np.ndarray:
+    """(len(cell.at),) probabilities by `refreshed`."""
+    ts_M, user_M = bench.examples.ts_M, bench.examples.user_M
+    horizon_ms = int(1000 * HORIZONS_S[cell.key[1]])
+    return refreshed(z_M, cell.y_M, ts_M, user_M, cell.later, cell.at, horizon_ms, len(cell.check))
 
 
 def refreshed(z_M, y_M, ts_M, user_M, anchors: np.ndarray, at: np.ndarray, horizon_ms: int, newest: int) -> np.ndarray:

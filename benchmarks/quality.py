@@ -33,6 +33,7 @@ from benchmarks.cells import (
     Bench,
     Section,
     bar,
+    by_chance,
     cells_of,
     difference,
     judge,
@@ -134,6 +135,7 @@ def bars(cells: dict, config: StudentConfig) -> dict[str, dict]:
     errors |= {"of users, mean": float(np.mean(of_users)), "of users, worst": max(of_users)}
     errors |= {"calibrated once, mean": float(np.mean(once)), "calibrated once, worst": max(once)}
     errors["surely above .010"] = [" ".join(key) for key, cell in cells.items() if calibration_error(cell).low > 0.010]
+    errors |= perfectly_calibrated(cells)
     flops = config.flops_per_event()
     losses = [difference({key: cell}, "distilled", BASELINES, "log_loss").value for key, cell in cells.items()]
     return {
@@ -163,10 +165,34 @@ def calibration_error(cell: dict, model: str = "distilled") -> metrics.Interval:
     return metrics.ece_interval(found["refreshed_ece_square"], found["refreshed_ece_square_draws"])
 
 
+def perfectly_calibrated(cells: dict) -> dict[str, float]:
+    """What the calibration errors of a model whose probabilities are right come to on these anchors."""
+    plain_CD, users_CD = np.stack([cell["right_ece_draws"] for cell in cells.values()], axis=1)
+    return {
+        "a perfect model, mean over cells": float(np.median(plain_CD.mean(axis=0))),
+        "a perfect model, worst cell": float(np.median(plain_CD.max(axis=0))),
+        "a perfect model, of users, mean": float(np.median(users_CD.mean(axis=0))),
+        "a perfect model, of users, worst": float(np.median(users_CD.max(axis=0))),
+        "chance that its worst cell is ≤ .010": float(np.mean(plain_CD.max(axis=0) <= 0.010)),
+        "the same, of users": float(np.mean(users_CD.max(axis=0) <= 0.010)),
+    }
+
+
 def calibration_errors(cells: dict) -> list[str]:
-    """The distilled student's with their intervals; Markdown."""
-    lines = ["| platform | task | calibration error, of users |", "|---|---|---|"]
-    return lines + [f"| {' | '.join(key)} | {_short(list(calibration_error(cell)))} |" for key, cell in cells.items()]
+    """The distilled student's with their intervals, and what they would be by chance alone; Markdown."""
+    lines = [
+        "What a perfectly calibrated model would show is drawn from the same anchors: a bin's errors without their mean, "
+        "with a random sign for each user (`trainer.metrics.as_if_calibrated`). Median, and what one draw in twenty "
+        "exceeds:",
+        "",
+        "| platform | task | calibration error | of users | of a perfect model | of users |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, cell in cells.items():
+        plain, users = ("{:.4f}, {:.4f}".format(*np.quantile(draws, [0.5, 0.95])) for draws in cell["right_ece_draws"])
+        error = f"{cell['models']['distilled']['refreshed_ece']:.4f}"
+        lines.append(f"| {' | '.join(key)} | {error} | {_short(list(calibration_error(cell)))} | {plain} | {users} |")
+    return lines
 
 
 def without_cap(cells: dict, models: list[str]) -> str:
@@ -264,6 +290,8 @@ def main_table(bench: Bench, quick: bool) -> tuple[Section, dict[str, str]]:
     cells = judge(bench, models, draws)
     for figure in ("auc", "log_loss"):
         note(f"{figure}\n{table(cells, list(models), figure)}")
+    for key, draws_2D in by_chance(bench, models["distilled"][0], draws).items():
+        cells[key]["right_ece_draws"] = draws_2D
     data = bench.data._replace(anchor_N=bench.data.uncapped_N)
     capped = [(platform, task) for platform, task in CELLS if MATRIX[platform].capped]
     without = judge(bench._replace(data=data), models, draws, cells=capped)

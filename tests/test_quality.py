@@ -124,6 +124,16 @@ def test_what_is_calibrated_anew_knows_only_matured_labels():
     assert (cells_.refreshed(z, gap, ts, ts, anchors, at, 300, 1000) != p)[: len(at) // 20].all()
 
 
+def test_what_a_perfect_model_would_show_is_read_off_its_draws():
+    """Two cells, four draws: plain errors, and those of users."""
+    x = np.array([[0.01, 0.02, 0.03, 0.00], [0.00, 0.01, 0.02, 0.00]])
+    found = quality.perfectly_calibrated({"x": {"right_ece_draws": x}, "y": {"right_ece_draws": x / 2}})
+    assert found["a perfect model, worst cell"] == 0.015 and found["chance that its worst cell is ≤ .010"] == 0.5
+    assert found["a perfect model, of users, worst"] == 0.005 and found["the same, of users"] == 0.75
+    assert found["a perfect model, mean over cells"] == pytest.approx(0.01125)
+    assert found["a perfect model, of users, mean"] == pytest.approx(0.00375)
+
+
 def test_draws_stay_out_of_the_json():
     written = quality.plain(cells(0.1))
     assert set(written) == {"p x", "p y"}

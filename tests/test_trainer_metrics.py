@@ -111,6 +111,31 @@ def test_the_interval_of_the_calibration_error_of_users_holds_what_is_true():
     assert np.mean(above) <= 0.1 and np.mean(held) >= 0.85
 
 
+def test_what_chance_shows_of_a_right_model_is_told_from_the_labels_of_a_wrong_one():
+    """120 users of 20 events, each off by a shift of his own. One model is wrong by a tenth besides; the errors that a right
+    one shows from sample to sample are foretold from a single sample of the wrong one."""
+    rng = np.random.default_rng(7)
+    user = np.repeat(np.arange(120), 20)
+
+    def sample(wrong: float) -> tuple[np.ndarray, np.ndarray]:
+        p = np.repeat(rng.uniform(0.3, 0.7, 120), 20)
+        truth = p + wrong + np.repeat(rng.choice([-0.15, 0.15], 120), 20)
+        return (rng.random(len(user)) < truth).astype(np.float32), p
+
+    def errors(y, p) -> tuple[float, float]:
+        return metrics.ece(y, p), metrics.ece(y, p, user=user)
+
+    seen = np.array([errors(*sample(0.0)) for _ in range(150)])
+    y, p = sample(0.1)
+    foretold = np.array([errors(each, p) for each in metrics.as_if_calibrated(y, p, user, 150)])
+    assert errors(y, p)[1] > 0.08
+    np.testing.assert_allclose(np.quantile(foretold, 0.95, axis=0), np.quantile(seen, 0.95, axis=0), atol=0.012)
+    np.testing.assert_allclose(foretold.mean(axis=0), seen.mean(axis=0), atol=0.008)
+    again = next(iter(metrics.as_if_calibrated(y, p, user, 1)))
+    assert (again == next(iter(metrics.as_if_calibrated(y, p, user, 9)))).all() and not (again == y).any()
+    assert not len(next(iter(metrics.as_if_calibrated(y[:0], p[:0], user[:0], 1))))
+
+
 def test_at_threshold():
     y, p = np.array([1, 1, 0, 0, 0]), np.array([0.9, 0.2, 0.6, 0.1, 0.5])
     assert metrics.at_threshold(y, p, 0.5) == (pytest.approx(0.4), pytest.approx(1 / 3), 0.5, pytest.approx(0.4))

@@ -13,7 +13,7 @@ the squared difference minus the variance of the mean in each bin (Kumar, Liang 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -183,6 +183,23 @@ def ece_squares(y: np.ndarray, p: np.ndarray, means: Callable[..., np.ndarray], 
 def ece_interval(square: float, square_draws: np.ndarray) -> Interval:
     """Of `ece_squares`: the error, at least 0, with its interval."""
     return Interval(*(float(np.sqrt(max(0.0, part))) for part in interval(square, square_draws)))
+
+
+def as_if_calibrated(
+    y: np.ndarray, p: np.ndarray, user: np.ndarray, draws: int, seed: int = 0, bins: int = 15
+) -> Iterator[np.ndarray]:
+    """What might have come true had the predictions been right: (n,) outcomes, so many times. An event's error, less the
+    mean of its bin of equal mass, keeps its size and gets a random sign, the same for all of its user's (the wild bootstrap
+    of clusters: Cameron, Gelbach and Miller, 2008), so that users err together as they did. No outcome is 0 or 1; each has
+    the prediction as its mean."""
+    at = np.empty(len(p), np.int64)
+    at[np.argsort(p, kind="stable")] = np.arange(len(p)) * bins // max(len(p), 1)
+    error = y.astype(np.float64) - p
+    error -= (np.bincount(at, error, bins) / np.maximum(np.bincount(at, minlength=bins), 1))[at]
+    users, of_event = np.unique(user, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield p + rng.choice([-1.0, 1.0], len(users))[of_event] * error
 
 
 def predicted_over_actual(y: np.ndarray, p: np.ndarray, w: np.ndarray | None = None) -> float:
