@@ -421,13 +421,15 @@ def models_show(
     config: Config = None,
     assignments: Set = None,
 ) -> int:
-    """What the gate said of a version when it was published: every rule, cell and slice, with its numbers."""
+    """What the gate said of a version when it was published: every rule, cell and slice, with its numbers; and how it was
+    calibrated after that."""
     settings = load_settings(_overrides(None, assignments), config)
     manifest = _manifest(settings, version)
     verdict = manifest.metrics.get("gate")
     row = {**_model_row(manifest), "training_range": manifest.training_range}
     if json_output:
-        typer.echo(json.dumps({**row, "gate": verdict}, ensure_ascii=False))
+        recalibrated = manifest.metrics.get("recalibrated")
+        typer.echo(json.dumps({**row, "gate": verdict, "recalibrated": recalibrated}, ensure_ascii=False))
         return 0
     published = f"published {_utc(manifest.created_at)}, follows {manifest.parent or 'none'}"
     typer.echo(f"{row['version']}: {manifest.kind}, {published}")
@@ -442,6 +444,9 @@ def models_show(
         if rows:
             typer.echo()
             _print_table(rows)
+    if rows := _line_rows(manifest.metrics.get("recalibrated", {})):
+        typer.echo("\ncalibrated once more by those events, on each logit:")
+        _print_table(rows)
     return 0
 
 
@@ -486,6 +491,14 @@ def _slice_rows(verdict: dict[str, Any]) -> list[dict[str, Any]]:
         | {"log_loss": _compared(part["log_loss"]), "p_value": part["p_value"], "worse": part["worse"]}
         for part in verdict["slices"]
         if part["p_value"] is not None
+    ]
+
+
+def _line_rows(recalibrated: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"platform": platform, "head": head} | {key: line[key] for key in ("slope", "offset", "events", "users")}
+        for platform, heads in recalibrated.items()
+        for head, line in heads.items()
     ]
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks import ablations, datasets, freshness, plots, ranking, served, simulated, transfer
+from benchmarks import ablations, datasets, freshness, plots, ranking, rounds, served, simulated, transfer
 from benchmarks.baselines import BASELINES, models_of
 from benchmarks.cells import (
     Bench,
@@ -66,6 +66,7 @@ SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {
     "ablations": ablations.measure,
     "ranking": ranking.measure,
     "served": served.measure,
+    "rounds": rounds.measure,
     "transfer": transfer.measure,
     "simulated": simulated.measure,
     "freshness": freshness.measure,

@@ -1,6 +1,6 @@
 """A model as files: published once, whole or not at all; verified to the last byte and number before it serves.
 
-    <store>/<name>/<version>/student.safetensors   every array: weights, calibration, category table
+    <store>/<name>/<version>/student.safetensors   every array: weights, calibration (and the one judged), categories
                              manifest.json         everything else, and the sha256 of the above
 
 Publishing: on a local disk both files are written into a hidden folder, which is then renamed to its number (a rename
@@ -175,6 +175,8 @@ def _kind(manifest: Manifest, parents: list[Manifest], claimed: str | None) -> L
 
 def _tensors(model: Model) -> dict[str, np.ndarray]:
     tensors = {"calibration": model.calibration_P32}
+    if model.judged_P32 is not None:
+        tensors["calibration_judged"] = model.judged_P32
     if model.student is not None:
         for key, tensor in model.student.state_dict().items():
             tensors[f"student.{key}"] = tensor.detach().cpu().numpy()
@@ -388,6 +390,7 @@ def _build(manifest: Manifest, tensors: dict[str, np.ndarray], version: str, deg
         calibration_P32=tensors["calibration"],
         fold=FoldConfig(**manifest.fold),
         degraded=degraded,
+        judged_P32=tensors.get("calibration_judged"),
     )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -133,6 +133,12 @@ class Model:
     fold: FoldConfig
     """The rules of the fold that it was trained under."""
     degraded: bool = False
+    judged_P32: np.ndarray | None = None
+    """The calibration that the gate judged it by, where it was fitted to later labels since; None: `calibration_P32`."""
+
+    def as_judged(self) -> Model:
+        """As the gate judged it: calibrated by nothing that came after the gate's start."""
+        return self if self.judged_P32 is None else replace(self, calibration_P32=self.judged_P32, judged_P32=None)
 
     @cached_property
     def recurrence_id(self) -> int:
@@ -146,8 +152,9 @@ class Model:
         platform_lookup(self.config)
         if self.student is not None and self.config.n_features != N_FEATURES:
             raise ValueError(f"the model reads {self.config.n_features} features; the fold makes {N_FEATURES}")
-        if self.calibration_P32.shape != (platforms + 1, N_LOGITS, 2) or self.calibration_P32.dtype != np.float32:
-            raise ValueError(f"calibration has shape {self.calibration_P32.shape}")
+        for calibration in (self.calibration_P32, self.calibration_P32 if self.judged_P32 is None else self.judged_P32):
+            if calibration.shape != (platforms + 1, N_LOGITS, 2) or calibration.dtype != np.float32:
+                raise ValueError(f"calibration has shape {calibration.shape}, of {calibration.dtype}")
         if self.categories is not None:
             if self.student is None:
                 raise ValueError("categories need a student, whose gates mix them")

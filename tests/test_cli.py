@@ -218,9 +218,13 @@ def test_models_show(capsys):
     assert capsys.readouterr().err == "error: no version of 'student' in .crosscurrent/store\n"
     verdict = verdict_of_a_toy()
     publish({})
-    publish({"gate": verdict}, 1_700_000_060_000)
+    line = {"slope": 0.93, "offset": -0.125, "events": 5950, "users": 200}
+    publish({"gate": verdict, "recalibrated": {"shop": {"click": line}}}, 1_700_000_060_000)
     assert main(["models", "show"]) == 0
     shown = capsys.readouterr().out
+    assert shown.endswith(
+        "on each logit:\nplatform\thead\tslope\toffset\tevents\tusers\nshop\tclick\t0.93\t-0.125\t5950\t200\n"
+    )
     assert shown.startswith("student/000002: major, published 2023-11-14 22:14:20, follows 000001\n")
     assert "published: mean log-loss 0." in shown and "6000 events of 200 users" in shown
     for rule in verdict["rules"]:
@@ -235,6 +239,7 @@ def test_models_show(capsys):
     assert main(["models", "show", "--json"]) == 0
     written = json.loads(capsys.readouterr().out)
     assert written["version"] == "student/000002" and written["gate"] == verdict
+    assert written["recalibrated"] == {"shop": {"click": line}}
 
 
 def test_models_show_of_a_version_without_a_verdict_and_of_none(capsys):

@@ -13,7 +13,7 @@ from tiny import make_model
 
 from models import artifact
 from trainer import gate, metrics
-from trainer.evaluate import CategoryCell, Comparison, Paired, Report
+from trainer.evaluate import CategoryCell, Comparison, Judged, Paired, Report
 from trainer.gate import Evidence, Limits, adversarial, decide, examine, scoring_p99_ms
 
 RULES = ["finite", "cells", "log_loss", "better", "hit_rate", "auc", "pr_auc", "ece", "predicted_over_actual", "slices"]
@@ -544,10 +544,12 @@ def test_the_time_is_the_99th_percentile_of_the_best_attempt(monkeypatch):
 
 
 def test_evidence_of_a_model():
+    nobody = Judged(*np.empty((6, 0)))
+
     def report(hit_rate: float, finite: bool) -> Report:
         return Report({}, {"shop": CategoryCell(500, 2.0, hit_rate)}, finite, {})
 
-    compared = Comparison(report(0.4, False), report(0.5, True)._replace(), good().paired)
+    compared = Comparison(report(0.4, False), report(0.5, True)._replace(), good().paired, nobody)
     found = examine(make_model(), compared, Limits(p99_ms=10**6))
     assert found.hit_rates == {"shop": (0.4, 0.5)} and found.paired is compared.paired and 0.0 < found.p99_ms < 10**6
     assert found.problems == ("window: something that the candidate says there is no number",)

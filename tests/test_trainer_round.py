@@ -76,7 +76,7 @@ def load(settings: Settings, version):
 
 
 @pytest.mark.broker
-async def test_the_first_round_publishes_a_model_that_loads_and_the_next_builds_on_it(settings):
+async def test_the_first_round_publishes_a_model_that_loads_and_the_next_builds_on_it(settings, monkeypatch):
     await produce(settings, [*EVENTS])
     (first,) = await run_trainer(settings, once=True)
     assert first.outcome == "published" and first.kind == "major", first.reason
@@ -96,8 +96,14 @@ async def test_the_first_round_publishes_a_model_that_loads_and_the_next_builds_
     )
     assert manifest.metrics["gate"]["p99_ms"] > 0.0
 
+    assert manifest.metrics["recalibrated"]["shop"]["return"]["events"] == cells["shop", "return"]["n"]
+    assert model.judged_P32 is not None and not (model.judged_P32 == model.calibration_P32).all()
+
     await produce(settings, make_canonical(260, days=4, seed=1, start_ms=EVENTS[-1].ts))
+    judged, real = [], run.judge.compare
+    monkeypatch.setattr(run.judge, "compare", lambda *args, **more: judged.append(args[1]) or real(*args, **more))
     (second,) = await run_trainer(settings, once=True)
+    assert (judged[0].calibration_P32 == model.judged_P32).all()  # not by what has seen the labels that judge
     assert second.kind == "minor" and second.history_events > first.history_events
     assert second.incumbent is not None and second.incumbent_log_loss < 0.65  # the first model, no longer the prior
     two = await announced(settings)

@@ -22,6 +22,7 @@ from trainer.examples import before, gate_start, heads_of, make_examples, replay
 from trainer.fit import Schedule
 from trainer.history import HistoryStore
 from trainer.labels import horizons_ms, make_labels, matured
+from trainer.recalibrate import recalibrate
 from trainer.train import affine, category_targets, design_effect, learned, offset, train
 
 FOLD, HORIZONS = FoldConfig(), HorizonsConfig()
@@ -412,6 +413,21 @@ def test_both_models_are_compared_on_the_same_events(history, labels, replayed, 
         assert own.sum() == cell.n and paired.y_N3[own, HEADS.index(head)].mean() == pytest.approx(cell.base_rate)
         assert np.isfinite(paired.candidate_N3[own, HEADS.index(head)]).all()
     assert paired.known_N3.any(axis=1).all()
+
+
+def test_what_is_published_says_the_line_of_what_was_judged(history, labels, replayed, gate, examples, major):
+    compared = compare(major.model, base_rates(examples, major.model.config), history, labels, HORIZONS, replayed.rows, gate)
+    served = recalibrate(major.model, history, compared)
+    again = predict(served.model, history, replayed.rows, gate)
+    report = evaluate(served.model, history, labels, HORIZONS, replayed.rows, gate)
+    assert {platform for platform, _ in served.lines} == {"shop", "till"} and served.shares == report.shares
+    platform_N = history.platform[again.at]
+    for (platform, head), line in served.lines.items():
+        own, column = platform_N == history.platforms.index(platform), HEADS.index(head)
+        before_N, now_N = (np.log(p / (1 - p)) for p in (compared.judged.p_N3[own, column], again.p_N3[own, column]))
+        np.testing.assert_allclose(now_N, line.slope * before_N + line.offset, atol=2e-3)
+        assert report.cells[platform, head].log_loss <= compared.candidate.cells[platform, head].log_loss
+        assert report.cells[platform, head].auc == pytest.approx(compared.candidate.cells[platform, head].auc, abs=1e-4)
 
 
 def test_activity_is_how_many_events_the_user_has_had(history, replayed, gate, major):

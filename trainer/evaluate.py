@@ -123,6 +123,8 @@ class Comparison(NamedTuple):
     candidate: Report
     incumbent: Report
     paired: Paired
+    judged: Judged
+    """The candidate's."""
 
 
 def predict(
@@ -196,6 +198,7 @@ def compare(
             labels,
             known_N4[:, :3] & _pairs(candidate, incumbent, history, learned_R3)[history.platform[ours.at]],
         ),
+        ours,
     )
 
 
@@ -246,7 +249,7 @@ def _report(model: Model, judged: Judged, history: History, labels: Labels, know
             if of_cell.any():
                 cells[platform, name] = _cell(own.y_N3[of_cell, head], judged.p_N3[of_cell, head])
                 p = judged.p_N3[here_N & (judged.status == FOLDED), head]
-                shares[platform, name] = _shares(p, np.linspace(0.0, 1.0, P_BINS + 1)[1:-1])
+                shares[platform, name] = shares_of(p)
         of_cell = here_N & known_N4[:, _CATEGORY] & can_N4[:, _CATEGORY]
         if of_cell.any() and model.categories is not None:
             categories[platform] = _category_cell(
@@ -284,6 +287,11 @@ def reference_histograms(
             shares = _shares(features_MF[own, feature], edges)
             features[platform][name] = {"edges": [round(float(edge), 6) for edge in edges], "shares": shares}
     return {"p": p, "features": features}
+
+
+def shares_of(p: np.ndarray) -> list[float]:
+    """Share of the probabilities in each of P_BINS equal bins from 0 to 1."""
+    return _shares(p, np.linspace(0.0, 1.0, P_BINS + 1)[1:-1])
 
 
 def _shares(values: np.ndarray, edges: np.ndarray) -> list[float]:

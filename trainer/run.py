@@ -1,9 +1,10 @@
 """The trainer as a program: a round every interval, from the topic `events` to an announcement in `models`.
 
-    pull ─► labels ─► replay ─► teach ─► train ─► judge candidate and incumbent ─► gate ─► store ─► announce
+    pull ─► labels ─► replay ─► teach ─► train ─► judge candidate and incumbent ─► gate ─► recalibrate ─► store ─► announce
                                                                                     └ no: say why, keep the incumbent
 
-A candidate is published where it passes the gate (`trainer/gate.py`) on later events. The incumbent is the version
+A candidate is published where it passes the gate (`trainer/gate.py`) on later events, calibrated once more by those very
+events (`trainer/recalibrate.py`). The incumbent is the version
 announced last; where nothing ever was, the newest of the store that loads (it is then announced at once: a crash may have
 come between store and announcement); else, and after a withdrawal, the prior.
 
@@ -47,6 +48,7 @@ from trainer.gate import Limits, Verdict
 from trainer.history import History, HistoryStore, pull
 from trainer.labels import make_labels, matured
 from trainer.lessons import Heard, Lessons
+from trainer.recalibrate import Served, recalibrate
 from trainer.train import Trained, learned, train
 from trainer.watch import Metrics, Stages, log_result
 
@@ -222,7 +224,7 @@ class _Trainer:
         with stages.stage("evaluate"):
             compared = judge.compare(
                 trained.model,
-                incumbent.model,
+                incumbent.model.as_judged(),
                 history,
                 labels,
                 settings.horizons,
@@ -246,7 +248,8 @@ class _Trainer:
         if result.outcome != "published":
             return result, None
         with stages.stage("publish"):
-            version = self._publish(trained, examples, compared, verdict, history, start, incumbent)
+            served = recalibrate(trained.model, history, compared)
+            version = self._publish(trained, served, examples, compared, verdict, history, start, incumbent)
         announcement = announcement_of(settings, version, incumbent.announcement)
         return result._replace(version=f"{settings.store.name}/{version.version}"), announcement
 
@@ -331,6 +334,7 @@ class _Trainer:
     def _publish(
         self,
         trained: Trained,
+        served: Served,
         examples: Examples,
         compared: Comparison,
         verdict: Verdict,
@@ -343,11 +347,12 @@ class _Trainer:
         return artifact.publish(
             settings.store.uri,
             settings.store.name,
-            trained.model,
+            served.model,
             metrics={
                 "candidate": compared.candidate.as_dict(),
                 "incumbent": compared.incumbent.as_dict(),
                 "gate": verdict.as_dict(),
+                "recalibrated": served.as_dict(),
                 "gate_start": {platform: ms if has else None for platform, ms, has in gates},
             },
             training_range={
@@ -356,7 +361,7 @@ class _Trainer:
                 "events": len(examples),
             },
             reference_histograms=judge.reference_histograms(
-                compared.candidate,
+                compared.candidate._replace(shares=served.shares),
                 examples.columns.features_NF.numpy(),
                 examples.platform_M,
                 trained.model.config.platforms,
