@@ -496,7 +496,7 @@ def _slice_rows(verdict: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _line_rows(recalibrated: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"platform": platform, "head": head} | {key: line[key] for key in ("slope", "offset", "events", "users")}
+        {"platform": platform, "head": head} | {key: line[key] for key in ("slope", "offset", "events", "users", "young")}
         for platform, heads in recalibrated.items()
         for head, line in heads.items()
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from benchmarks.cells import HORIZONS_S, Bench, by_cell, cached, logit, student, student_config
@@ -19,7 +20,7 @@ from benchmarks.datasets import TASKS, TEST
 from trainer import boosting
 from trainer.fit import Schedule
 from trainer.rates import matured_counts, rate_features
-from trainer.teacher import RECURRENCE, Kept, Reasons, choose, mean_of, recurrence
+from trainer.teacher import RECURRENCE, RECURRENCE_FOLDS, Kept, Reasons, choose, mean_of, recurrence
 
 PLAIN = RECURRENCE
 """The undistilled student's, chosen on validation: log-loss .5097; .5122 in batches of 4,096."""
@@ -57,6 +58,27 @@ def members_of(bench: Bench) -> dict[str, np.ndarray]:
         "logistic": crossed(bench, "logistic", boosting.fit_logistic, examples.columns.features_NF.numpy()),
         "recurrence": cached(bench, "recurrence", said_by_recurrence),
     }
+
+
+def teachers_work(bench: Bench, kept: Kept) -> dict[str, int]:
+    """Platform → operations of the teacher's members for one later event: multiplications and additions of networks and
+    regression, and of every tree the comparisons to reach one of its leaves, were it balanced (it is not, so no fewer)."""
+    examples, tasks = bench.examples, len(TASKS)
+    n_features = examples.columns.features_NF.shape[1]
+    config = msgspec.structs.replace(student_config(bench.data), n_features=n_features + 2 * tasks)
+    path = int(np.log2(boosting.FIXED["num_leaves"]))
+    out = {}
+    for row, platform in enumerate(bench.data.history.platforms, start=1):
+        learned_T = examples.learn_MT[examples.platform_M == row].sum(axis=0)
+        trees = sum(len(boosting.bag(int(n))) for n in learned_T if n)
+        of = {
+            "boosting": trees * boosting.ROUNDS * path,
+            "randomised": trees * boosting.RANDOMISED_ROUNDS * path,
+            "logistic": 2 * n_features * int((learned_T > 0).sum()),
+            "recurrence": RECURRENCE_FOLDS * config.flops_per_event(),
+        }
+        out[platform] = sum(of[name] for name in kept[row])
+    return out
 
 
 def asked(bench: Bench) -> np.ndarray:

@@ -26,14 +26,16 @@ from safetensors.torch import load_file, save_file
 from benchmarks import datasets
 from benchmarks.datasets import CELLS, TASKS, TEST, TRAIN, VALIDATE, DataSet
 from models.artifact import load_prior
-from models.config import FoldConfig
+from models.config import FoldConfig, HorizonsConfig
 from models.fold import N_FEATURES
 from models.scorer import Model
 from models.student import Student, StudentConfig
 from trainer import metrics
+from trainer.delayed import line, so_far
 from trainer.examples import Examples, examples_of, folded, replay
 from trainer.fit import Network, Schedule, logits
 from trainer.history import History
+from trainer.labels import make_labels
 from trainer.train import affine, train
 
 _NEVER = np.int64(2**62)
@@ -75,6 +77,8 @@ class Section(NamedTuple):
 class Bench(NamedTuple):
     data: DataSet
     examples: Examples
+    delay_MT: np.ndarray
+    """int64 ms, as `trainer.labels.Labels.delay_N3`; that of a return is any task's of returning."""
     cache: Path
     key: str
     threads: int
@@ -107,7 +111,9 @@ def prepare(data_dir: Path, cache: Path, threads: int) -> Bench:
         code.update((datasets.ROOT / name).read_bytes())
     code.update(examples.y_MT.tobytes() + examples.learn_MT.tobytes() + examples.next_M.tobytes())
     cache.mkdir(parents=True, exist_ok=True)
-    return Bench(data, examples, cache, code.hexdigest()[:12], threads)
+    delay_M3 = make_labels(history, fold, HorizonsConfig()).delay_N3[index_M]
+    delay_MT = delay_M3[:, [("click", "purchase", "return").index(task.split("_")[0]) for task in TASKS]]
+    return Bench(data, examples, delay_MT, cache, code.hexdigest()[:12], threads)
 
 
 @njit(cache=True)
@@ -308,6 +314,7 @@ class _Judged(NamedTuple):
     key: tuple[str, str]
     task: int
     y_M: np.ndarray
+    delay_M: np.ndarray
     at: np.ndarray
     check: np.ndarray
     """Of validation."""
@@ -326,27 +333,31 @@ def _judged(bench: Bench, part: int, cells: Container) -> Iterator[_Judged]:
         at, check = (np.flatnonzero(anchor_M & of_row & (split_M == one)) for one in (part, VALIDATE))
         first_ms = examples.ts_M[check].min(initial=np.iinfo(np.int64).max)
         later = np.flatnonzero(calibrates_M & of_row & (examples.ts_M >= first_ms))
-        yield _Judged(key, task, examples.y_MT[:, task], at, check, later)
+        yield _Judged(key, task, examples.y_MT[:, task], bench.delay_MT[:, task], at, check, later)
 
 
 def _as_served(bench: Bench, cell: _Judged, z_M: np.ndarray) -> np.ndarray:
     """(len(cell.at),) probabilities by `refreshed`."""
     ts_M, user_M = bench.examples.ts_M, bench.examples.user_M
     horizon_ms = int(1000 * HORIZONS_S[cell.key[1]])
-    return refreshed(z_M, cell.y_M, ts_M, user_M, cell.later, cell.at, horizon_ms, len(cell.check))
+    return refreshed(z_M, cell.delay_M, ts_M, user_M, cell.later, cell.at, horizon_ms, len(cell.check))
 
 
-def refreshed(z_M, y_M, ts_M, user_M, anchors: np.ndarray, at: np.ndarray, horizon_ms: int, newest: int) -> np.ndarray:
-    """(len(at),) probabilities of the events `at`, calibrated as they would have been served: the test's time is cut into
-    REFRESHES parts of equal length, and each is calibrated on the `newest` of the `anchors` (positions, from the first of
-    validation on, those of the gap before the test too) whose label had matured when it began."""
+def refreshed(z_M, delay_M, ts_M, user_M, anchors: np.ndarray, at: np.ndarray, horizon_ms: int, newest: int) -> np.ndarray:
+    """(len(at),) probabilities of the events `at`, calibrated as they would have been served (`trainer/recalibrate.py`): the
+    test's time is cut into REFRESHES parts of equal length, and each is calibrated on the `newest` of the `anchors`
+    (positions, from the first of validation on, those of the gap before the test too) of which something was known when it
+    began: the label, or with horizons of a day at most what had come so far."""
     anchors = anchors[np.argsort(ts_M[anchors], kind="stable")]
     begins = np.linspace(ts_M[at].min(), ts_M[at].max(), REFRESHES, endpoint=False)
     part = np.searchsorted(begins, ts_M[at], side="right") - 1
     out = np.empty(len(at))
     for index, begin in enumerate(begins):
-        known = anchors[ts_M[anchors] + horizon_ms <= begin][-newest:]
-        slope, offset = affine(z_M[known], y_M[known], (1.0, 0.0), user_M[known])
+        age_M = np.floor(begin) - ts_M
+        come = so_far(delay_M[anchors], ts_M[anchors], age_M[anchors], horizon_ms)
+        known, come = anchors[come > 0.0][-newest:], come[come > 0.0][-newest:]
+        y = (delay_M[known] <= np.minimum(age_M[known], horizon_ms)).astype(np.float64)
+        slope, offset = line(z_M[known], y, come, user_M[known])
         out[part == index] = 1 / (1 + np.exp(-(slope * z_M[at[part == index]] + offset)))
     return out
 

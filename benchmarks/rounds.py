@@ -82,7 +82,7 @@ def a_round(history: History, known: Labels, now: float, schedule: Schedule) -> 
     compared = compare(
         model, load_prior(fold), past, labels, horizons, replayed.rows, gate, learned_R3=learned_R3
     )  # fmt: skip
-    published = recalibrate(model, past, compared)
+    published = recalibrate(model, past, labels, horizons, compared)
     said = [predict(one, history, replayed.rows, gate) for one in (model, published.model)]
     at = said[0].at
     known_N4 = matured(Labels(*(column[at] for column in known)), ts_N[at], horizons)

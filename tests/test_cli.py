@@ -218,12 +218,12 @@ def test_models_show(capsys):
     assert capsys.readouterr().err == "error: no version of 'student' in .crosscurrent/store\n"
     verdict = verdict_of_a_toy()
     publish({})
-    line = {"slope": 0.93, "offset": -0.125, "events": 5950, "users": 200}
+    line = {"slope": 0.93, "offset": -0.125, "events": 5950, "users": 200, "young": 7}
     publish({"gate": verdict, "recalibrated": {"shop": {"click": line}}}, 1_700_000_060_000)
     assert main(["models", "show"]) == 0
     shown = capsys.readouterr().out
     assert shown.endswith(
-        "on each logit:\nplatform\thead\tslope\toffset\tevents\tusers\nshop\tclick\t0.93\t-0.125\t5950\t200\n"
+        "on each logit:\nplatform\thead\tslope\toffset\tevents\tusers\tyoung\nshop\tclick\t0.93\t-0.125\t5950\t200\t7\n"
     )
     assert shown.startswith("student/000002: major, published 2023-11-14 22:14:20, follows 000001\n")
     assert "published: mean log-loss 0." in shown and "6000 events of 200 users" in shown

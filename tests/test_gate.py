@@ -549,7 +549,7 @@ def test_evidence_of_a_model():
     def report(hit_rate: float, finite: bool) -> Report:
         return Report({}, {"shop": CategoryCell(500, 2.0, hit_rate)}, finite, {})
 
-    compared = Comparison(report(0.4, False), report(0.5, True)._replace(), good().paired, nobody)
+    compared = Comparison(report(0.4, False), report(0.5, True)._replace(), good().paired, nobody, np.empty((0, 3), bool))
     found = examine(make_model(), compared, Limits(p99_ms=10**6))
     assert found.hit_rates == {"shop": (0.4, 0.5)} and found.paired is compared.paired and 0.0 < found.p99_ms < 10**6
     assert found.problems == ("window: something that the candidate says there is no number",)

@@ -76,6 +76,9 @@ def test_equal_to_the_plain_reference(rows):
     for i, (click, purchase, back, category, category_s) in enumerate(plain_labels(rows)):
         assert labels.y_N3[i].tolist() == [click, purchase, back], (i, rows)
         assert labels.category_N[i] == category
+        assert (labels.delay_N3[i] <= horizons_ms(HORIZONS)[:3]).tolist() == [click, purchase, back]
+        own = [r[1] - rows[i][1] for r in rows if r[0] == rows[i][0] and r[2] == PURCHASE and r[1] > rows[i][1]]
+        assert labels.delay_N3[i, 1] == min(own) * S if own else labels.delay_N3[i, 1] > 10**15
         assert category_s is None or labels.category_ts_N[i] == category_s * S
 
 
@@ -88,6 +91,10 @@ def test_a_matured_label_does_not_change_with_what_comes_later(rows, until_s):
     early = make_labels(history_of([rows[i] for i in seen]), FOLD, HORIZONS)
     known = matured(full, ts, HORIZONS, until_s * S)[seen]
     np.testing.assert_array_equal(known[:, :3] * full.y_N3[seen], known[:, :3] * early.y_N3)
+    # What has come so far says when, and stays.
+    so_far = early.delay_N3 <= (until_s * S - ts[seen])[:, None]
+    np.testing.assert_array_equal(so_far, full.delay_N3[seen] <= (until_s * S - ts[seen])[:, None])
+    np.testing.assert_array_equal(early.delay_N3[so_far], full.delay_N3[seen][so_far])
     np.testing.assert_array_equal(known[:, 3] * full.category_N[seen], known[:, 3] * early.category_N)
 
 

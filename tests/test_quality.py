@@ -106,22 +106,51 @@ def test_differences_are_paired_and_against_the_best_in_each_cell():
     )
 
 
+HOUR_MS = 60 * MINUTE_MS
+NEVER = 2**62
+
+
 def test_what_is_calibrated_anew_knows_only_matured_labels():
+    """One event an hour, a horizon of 300 hours."""
     rng = np.random.default_rng(0)
-    ts, z = np.arange(4000), np.zeros(4000)
-    y = (rng.random(4000) < np.where(ts < 2000, 0.2, 0.7)).astype(float)
+    hour, z = np.arange(4000), np.zeros(4000)
+    y = rng.random(4000) < np.where(hour < 2000, 0.2, 0.7)
     anchors, at = np.arange(4000), np.arange(1500, 4000)
-    p = cells_.refreshed(z, y, ts, ts, anchors, at, 300, 1000)
+
+    def served(y: np.ndarray) -> np.ndarray:
+        delay = np.where(y, HOUR_MS, NEVER)
+        return cells_.refreshed(z, delay, hour * HOUR_MS, hour, anchors, at, 300 * HOUR_MS, 1000)
+
+    p = served(y)
     assert abs(p[at < 2000].mean() - 0.2) < 0.05 and abs(p[at > 3600].mean() - 0.7) < 0.05
-    blind = np.where(ts + 300 > 2750, 1 - y, y)
-    changed = cells_.refreshed(z, blind, ts, ts, anchors, at, 300, 1000)
+    changed = served(np.where(hour + 300 > 2750, ~y, y))
     begins = np.linspace(1500, 3999, cells_.REFRESHES, endpoint=False)
     seen = at < begins[begins > 2751].min()
     np.testing.assert_array_equal(p[seen], changed[seen])
     assert (p[~seen] != changed[~seen]).any()
     # What had matured in the gap between validation and test counts.
-    gap = np.where((ts >= 1000) & (ts < 1200), 1 - y, y)
-    assert (cells_.refreshed(z, gap, ts, ts, anchors, at, 300, 1000) != p)[: len(at) // 20].all()
+    assert (served(np.where((hour >= 1000) & (hour < 1200), ~y, y)) != p)[: len(at) // 20].all()
+
+
+def test_within_a_day_it_knows_what_has_come_and_no_more():
+    """One event a minute; what comes, comes within two hours; horizon: a day. From the fourth day on more comes."""
+    rng = np.random.default_rng(0)
+    n, day = 7200, 1440
+    minute = np.arange(n)
+    delay = np.where(rng.random(n) < np.where(minute < 3 * day, 0.2, 0.7), rng.integers(1, 120 * MINUTE_MS, n), NEVER)
+    at = np.arange(2 * day, n)
+
+    def served(delay: np.ndarray) -> np.ndarray:
+        return cells_.refreshed(np.zeros(n), delay, minute * MINUTE_MS, minute, minute, at, day * MINUTE_MS, 2 * day)
+
+    p = served(delay)
+    begins = np.linspace(2 * day, n - 1, cells_.REFRESHES, endpoint=False)
+    soon = (at > 3.5 * day) & (at < 4 * day)
+    assert p[soon].mean() > 0.3  # no label of that day has matured
+    begin = int(begins[begins > 4 * day].min())
+    later = np.where(delay <= (begin - minute) * MINUTE_MS, delay, NEVER)
+    np.testing.assert_array_equal(p[at <= begin], served(later)[at <= begin])
+    assert (p[at > begin + day] != served(later)[at > begin + day]).all()
 
 
 def test_what_a_perfect_model_would_show_is_read_off_its_draws():
@@ -132,6 +161,35 @@ def test_what_a_perfect_model_would_show_is_read_off_its_draws():
     assert found["a perfect model, of users, worst"] == 0.005 and found["the same, of users"] == 0.75
     assert found["a perfect model, mean over cells"] == pytest.approx(0.01125)
     assert found["a perfect model, of users, mean"] == pytest.approx(0.00375)
+
+
+def test_a_cell_that_is_surely_off_misses_the_bar_of_calibration_and_chance_does_not():
+    """Squares of two cells, with draws a little around them."""
+
+    def bars(*squares: float) -> list[dict]:
+        around = np.random.default_rng(0).normal(0.0, 2e-4, 400)
+        cells = {
+            ("p", str(i)): {
+                "models": {
+                    "distilled": {
+                        "refreshed_ece_square": square, "refreshed_ece_square_draws": square + around,
+                        "refreshed_ece": 0.02, "refreshed_ece_of_users": max(0.0, square) ** 0.5, "ece": 0.03,
+                    }
+                },
+                "right_ece_draws": np.full((2, 4), 0.03),
+            }
+            for i, square in enumerate(squares)
+        }  # fmt: skip
+        return list(quality.calibration_bars(cells).values())
+
+    bar, worst = bars(3e-4, -2e-4)
+    assert bar["met"] and bar["value"]["macro"][0] == pytest.approx(0.5e-4**0.5) and not bar["aim_met"]
+    assert not worst["met"] and worst["value"]["worst cell"] == 0.02
+    assert worst["value"]["a perfect model, worst cell"] == 0.03
+    bar, _ = bars(9e-4, -8e-4)  # as good over all, but one is surely off
+    assert not bar["met"] and bar["value"]["surely above .010"] == ["p 0"]
+    assert not bars(3e-4, 3e-4)[0]["met"]  # none surely, but both together
+    assert bars(-1e-4, 1e-4)[0]["aim_met"]
 
 
 def test_draws_stay_out_of_the_json():

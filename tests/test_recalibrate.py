@@ -9,38 +9,47 @@ from hypothesis import strategies as st
 from tiny import PLATFORMS, make_model, make_stream
 
 from models import artifact
-from models.config import FoldConfig
+from models.config import FoldConfig, HorizonsConfig
+from models.events import EVENT
 from models.fold import DUPLICATE, FOLDED
 from models.scorer import Scorer
 from models.state import empty_rows
 from trainer import metrics
-from trainer.evaluate import Comparison, Judged, Paired, Report
+from trainer.evaluate import Comparison, Judged, Report
+from trainer.labels import Labels
 from trainer.recalibrate import recalibrate
 
 ALPHA, BETA = 0, 1
 PURCHASE = 1
+DAY_MS = 86_400_000
+START_MS = 1_700_000_000_000
+NEVER = 2**62
 
 
 def sigmoid(z):
     return 1.0 / (1.0 + np.exp(-z))
 
 
-def window(logit, y, user, platform=None) -> tuple[SimpleNamespace, Comparison]:
-    """A gate's window of n events with labels for purchases alone: the history, and what a candidate was found to say."""
+def window(logit, y, user, platform=None, age=None, delay=None) -> tuple:
+    """A gate's window of n events, all on one hour of the day, of which purchases alone are answered. `age` (n,) ms, None:
+    all have matured; `delay`: None: what comes, comes at once. → what `recalibrate` is given besides the model."""
     n = len(logit)
     platform = np.zeros(n, np.int16) if platform is None else platform
+    age = np.full(n, DAY_MS) if age is None else age
+    delay = np.where(y > 0, 1, NEVER) if delay is None else delay
     p_N3 = np.full((n, 3), np.nan, np.float32)
     p_N3[:, PURCHASE] = sigmoid(logit)
-    known_N3 = np.zeros((n, 3), bool)
-    known_N3[:, PURCHASE] = True
-    paired = Paired(
-        PLATFORMS, platform, user, known_N3, np.repeat(y[:, None], 3, axis=1), p_N3, p_N3,
-        np.ones(n, int), np.zeros(n, np.uint8), np.zeros(n, np.uint32), {},
-    )  # fmt: skip
-    no_categories = np.zeros((n, 5), np.uint32)
-    judged = Judged(np.arange(n), np.full(n, FOLDED, np.uint8), p_N3, no_categories, no_categories * 0.0, np.ones(n, int))
+    answered_N3 = np.zeros((n, 3), bool)
+    answered_N3[:, PURCHASE] = True
+    events = np.zeros(n, EVENT)
+    events["ts"] = START_MS + 10 * DAY_MS * np.arange(n)
+    delay_N3 = np.repeat(np.asarray(delay, np.int64)[:, None], 3, axis=1)
+    labels = Labels((delay_N3 <= DAY_MS).astype(np.uint8), delay_N3, np.zeros(n), np.zeros(n), events["ts"] + age)
+    history = SimpleNamespace(platforms=PLATFORMS, platform=platform, user=user, events=events)
+    nothing = np.zeros((n, 5), np.uint32)
+    judged = Judged(np.arange(n), np.full(n, FOLDED, np.uint8), p_N3, nothing, nothing * 0.0, np.ones(n, int))
     report = Report({}, {}, True, {("alpha", "purchase"): [0.0], ("gamma", "click"): [1.0]})
-    return SimpleNamespace(platforms=PLATFORMS, platform=platform), Comparison(report, report, paired, judged)
+    return history, labels, HorizonsConfig(), Comparison(report, report, None, judged, answered_N3)
 
 
 def drifted(n: int = 20_000, users: int = 4_000, seed: int = 0):
@@ -67,7 +76,8 @@ def test_a_line_fitted_to_the_window_comes_after_the_calibration_that_was_judged
     assert served.as_dict() == {
         "alpha": {
             "purchase": {
-                "slope": round(line.slope, 6), "offset": round(line.offset, 6), "events": line.events, "users": line.users
+                "slope": round(line.slope, 6), "offset": round(line.offset, 6), "events": len(y), "users": line.users,
+                "young": 0,
             }
         }
     }  # fmt: skip
@@ -82,9 +92,11 @@ def test_what_was_judged_is_kept_beside_what_is_served():
 
 def test_the_shares_are_those_of_the_probabilities_as_they_are_served():
     logit, y, user = drifted()
-    history, compared = window(logit, y, user)
+    given = window(logit, y, user)
+    compared = given[-1]
     compared.judged.status[::2] = DUPLICATE
-    served = recalibrate(make_model(), history, compared)
+    compared.answered_N3[::2] = False
+    served = recalibrate(make_model(), *given)
     line = served.lines["alpha", "purchase"]
     p = sigmoid(line.slope * logit[1::2] + line.offset)
     np.testing.assert_allclose(served.shares["alpha", "purchase"], np.histogram(p, 20, (0, 1))[0] / len(p), atol=2e-3)
@@ -95,11 +107,39 @@ def test_each_platform_has_a_line_of_its_own_and_an_unknown_one_has_none():
     logit, y, user = drifted()
     platform = (np.arange(len(y)) % 2).astype(np.int16)
     logit[platform == BETA] += 1.0
-    history, compared = window(logit, y, user, platform)
-    lines = recalibrate(make_model(), history, compared).lines
+    given = window(logit, y, user, platform)
+    lines = recalibrate(make_model(), *given).lines
     assert lines["beta", "purchase"].offset < lines["alpha", "purchase"].offset - 0.5
-    history.platforms = ("alpha", "nobody knows", "gamma")
-    assert list(recalibrate(make_model(), history, compared).lines) == [("alpha", "purchase")]
+    given[0].platforms = ("alpha", "nobody knows", "gamma")
+    assert list(recalibrate(make_model(), *given).lines) == [("alpha", "purchase")]
+
+
+def test_what_has_come_so_far_counts_where_labels_have_yet_to_mature():
+    """Half of the window is younger than a day, and twice as much comes true of it; what comes, comes within four hours."""
+    rng = np.random.default_rng(3)
+    n = 20_000
+    young = np.arange(n) % 2 == 1
+    logit = rng.normal(-1.0, 1.0, n)
+    delay = np.where(rng.random(n) < sigmoid(logit + 0.8 * young), rng.integers(1, DAY_MS // 6, n), NEVER)
+    age = np.where(young, rng.integers(1, DAY_MS, n), 2 * DAY_MS)
+    y, user = (delay <= age).astype(np.uint8), rng.integers(0, 5000, n)
+
+    def line(age, delay):
+        return recalibrate(make_model(), *window(logit, y, user, age=age, delay=delay)).lines["alpha", "purchase"]
+
+    found, matured = line(age, delay), line(np.where(young, -1, age), delay)
+    assert abs(matured.offset) < 0.05 and (matured.events, matured.young) == (n // 2, 0)
+    assert 0.3 < found.offset < 0.5 and found.events == n // 2 and 0.45 * n < found.young <= n // 2
+    # Nothing that has come later than now is known.
+    unseen = np.where(delay > age, NEVER, delay)
+    assert line(age, unseen) == found
+
+
+def test_without_a_matured_label_it_stays_as_it_was():
+    logit, y, user = drifted(2000, 300)
+    model = make_model()
+    served = recalibrate(model, *window(logit, y, user, age=np.full(2000, DAY_MS // 2)))
+    assert served.lines == {} and (served.model.calibration_P32 == model.calibration_P32).all()
 
 
 def test_few_users_with_many_events_hardly_move_it():

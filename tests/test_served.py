@@ -9,11 +9,14 @@ from safetensors.torch import save
 from synthetic_history import HOUR_MS, START_MS, make_canonical
 
 from benchmarks import cells, datasets, served
+from benchmarks.baselines import teachers_work
 from benchmarks.datasets import TASKS, TEST, TRAIN, VALIDATE
 from models.config import FoldConfig
 from models.explain import Explainer
+from models.fold import N_FEATURES
 from models.scorer import Model, identity_calibration
 from models.student import Student
+from trainer.boosting import MOST_BAGS
 from trainer.fit import Network, logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +67,23 @@ def said(bench, kept):
 
 
 # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_teachers_work_is_that_of_the_members_it_kept(bench):
+    platforms = bench.data.history.platforms
+    learned_PT = [
+        bench.examples.learn_MT[bench.examples.platform_M == row].any(axis=0) for row in range(1, len(platforms) + 1)
+    ]
+
+    def work(*members: str) -> list[int]:
+        return list(teachers_work(bench, dict.fromkeys(range(1, len(platforms) + 1), members)).values())
+
+    assert work("logistic") == [2 * N_FEATURES * int(learned_T.sum()) for learned_T in learned_PT]
+    copies = MOST_BAGS  # of so few events
+    assert work("boosting") == [copies * 80 * 3 * int(learned_T.sum()) for learned_T in learned_PT]
+    assert min(work("recurrence")) > 5 * cells.student_config(bench.data).flops_per_event()
+    everything = zip(work("boosting"), work("randomised"), work("logistic"), work("recurrence"), strict=True)
+    assert work("boosting", "randomised", "logistic", "recurrence") == [sum(each) for each in everything]
 
 
 def test_served_live_the_student_says_what_it_says_in_training(bench, kept, said):

@@ -180,7 +180,7 @@ def test_a_gain_is_paired_and_a_copy_gains_nothing():
 
 def test_interest_shift_is_judged_in_further_worlds_too(tmp_path, monkeypatch):
     monkeypatch.setattr(simulated, "SHOPPERS", SimulatorConfig(n_shoppers=120))
-    bench = Bench(None, None, tmp_path, "", 1)
+    bench = Bench(None, None, None, tmp_path, "", 1)
     one, other = (simulated.further_cells(bench, seed, 1, 20) for seed in (1, 2))
     assert set(one) == {(platform, "shift, world 1") for platform in PLATFORMS}
     for cell in one.values():

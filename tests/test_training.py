@@ -417,7 +417,7 @@ def test_both_models_are_compared_on_the_same_events(history, labels, replayed, 
 
 def test_what_is_published_says_the_line_of_what_was_judged(history, labels, replayed, gate, examples, major):
     compared = compare(major.model, base_rates(examples, major.model.config), history, labels, HORIZONS, replayed.rows, gate)
-    served = recalibrate(major.model, history, compared)
+    served = recalibrate(major.model, history, labels, HORIZONS, compared)
     again = predict(served.model, history, replayed.rows, gate)
     report = evaluate(served.model, history, labels, HORIZONS, replayed.rows, gate)
     assert {platform for platform, _ in served.lines} == {"shop", "till"} and served.shares == report.shares

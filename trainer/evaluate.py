@@ -125,6 +125,8 @@ class Comparison(NamedTuple):
     paired: Paired
     judged: Judged
     """The candidate's."""
+    answered_N3: np.ndarray
+    """(N, 3) bool, of `judged`: what would pair were its label known; `Paired.known_N3` are those of which it is."""
 
 
 def predict(
@@ -188,17 +190,13 @@ def compare(
     ours = predict(candidate, history, rows, gate, check=check)
     theirs = predict(incumbent, history, rows, gate, check=check)
     known_N4 = _known(ours, history, labels, horizons, gate)
+    pairs_N3 = _pairs(candidate, incumbent, history, learned_R3)[history.platform[ours.at]]
     return Comparison(
         _report(candidate, ours, history, labels, known_N4),
         _report(incumbent, theirs, history, labels, known_N4),
-        _paired(
-            ours,
-            theirs,
-            history,
-            labels,
-            known_N4[:, :3] & _pairs(candidate, incumbent, history, learned_R3)[history.platform[ours.at]],
-        ),
+        _paired(ours, theirs, history, labels, known_N4[:, :3] & pairs_N3),
         ours,
+        pairs_N3 & _of_window(ours, history, gate)[:, None],
     )
 
 
@@ -207,7 +205,12 @@ def _known(judged: Judged, history: History, labels: Labels, horizons: HorizonsC
     becomes of an event is the fold's to say."""
     ts_N = history.events["ts"][judged.at]
     own = Labels(*(column[judged.at] for column in labels))
-    return matured(own, ts_N, horizons) & ((judged.status == FOLDED) & gate.after(history)[judged.at])[:, None]
+    return matured(own, ts_N, horizons) & _of_window(judged, history, gate)[:, None]
+
+
+def _of_window(judged: Judged, history: History, gate: GateStart) -> np.ndarray:
+    """(N,) bool: it is an event of its own, after its platform's gate start."""
+    return (judged.status == FOLDED) & gate.after(history)[judged.at]
 
 
 def _pairs(candidate: Model, incumbent: Model, history: History, learned_R3: np.ndarray | None) -> np.ndarray:

@@ -28,7 +28,7 @@ import numpy as np
 from numba import njit
 
 from models.config import FoldConfig, HorizonsConfig
-from models.events import HEADS, IMPRESSION, PURCHASE
+from models.events import BINARY_HEADS, HEADS, IMPRESSION, PURCHASE
 from trainer.history import History
 
 _NEVER = np.int64(2**62)
@@ -39,6 +39,9 @@ class Labels(NamedTuple):
 
     y_N3: np.ndarray
     """uint8, in the order of BINARY_HEADS; means something only where matured."""
+    delay_N3: np.ndarray
+    """int64 ms, after which what a head predicts came, beyond its horizon too (`click`: in the same session); very large
+    where it has not come."""
     category_N: np.ndarray
     """uint32, hash of the next category; 0 where none has come."""
     category_ts_N: np.ndarray
@@ -50,15 +53,17 @@ class Labels(NamedTuple):
 def make_labels(history: History, fold: FoldConfig, horizons: HorizonsConfig) -> Labels:
     """Labels of every event of the history and the watermark that says whether they may be used."""
     n = len(history)
-    y_N3, category_N = np.zeros((n, 3), np.uint8), np.zeros(n, np.uint32)
+    delay_N3, category_N = np.full((n, 3), _NEVER), np.zeros(n, np.uint32)
     category_ts_N = np.full(n, _NEVER)
     order = np.lexsort((np.arange(n), history.events["ts"], history.user))
     _label(
         order, history.user, history.events["ts"], history.events["kind"], history.events["category"],
-        _ms(fold.session_gap_s), _ms(horizons.click_s), _ms(horizons.purchase_s), _ms(horizons.return_s),
-        y_N3, category_N, category_ts_N,
+        _ms(fold.session_gap_s), delay_N3, category_N, category_ts_N,
     )  # fmt: skip
-    return Labels(y_N3, category_N, category_ts_N, watermarks(history, _ms(fold.lateness_s), _ms(horizons.return_s)))
+    y_N3 = (delay_N3 <= horizons_ms(horizons)[: len(BINARY_HEADS)]).astype(np.uint8)
+    return Labels(
+        y_N3, delay_N3, category_N, category_ts_N, watermarks(history, _ms(fold.lateness_s), _ms(horizons.return_s))
+    )
 
 
 def horizons_ms(horizons: HorizonsConfig) -> np.ndarray:
@@ -100,9 +105,7 @@ def _ms(seconds: float) -> int:
 
 
 @njit(cache=True)
-def _label(
-    order, user, ts, kind, category, gap_ms, click_ms, purchase_ms, return_ms, y_N3, category_N, category_ts_N
-):  # fmt: skip
+def _label(order, user, ts, kind, category, gap_ms, delay_N3, category_N, category_ts_N):
     """Backwards through each user's events by time. Everything at one instant is held in `at_*` until an earlier event
     comes: only then is it `later`."""
     n = len(order)
@@ -132,12 +135,12 @@ def _label(
                     later_start, at_start = at_start, none
                 if at_category_ts != none:
                     later_category, later_category_ts, at_category_ts = at_category, at_category_ts, none
-        if later_act != none and later_act_session == session and later_act - ts[i] <= click_ms:
-            y_N3[i, 0] = 1
-        if later_purchase != none and later_purchase - ts[i] <= purchase_ms:
-            y_N3[i, 1] = 1
-        if later_start != none and later_start - ts[i] <= return_ms:
-            y_N3[i, 2] = 1
+        if later_act != none and later_act_session == session:
+            delay_N3[i, 0] = later_act - ts[i]
+        if later_purchase != none:
+            delay_N3[i, 1] = later_purchase - ts[i]
+        if later_start != none:
+            delay_N3[i, 2] = later_start - ts[i]
         if later_category_ts != none:
             category_N[i], category_ts_N[i] = later_category, later_category_ts
         if kind[i] != IMPRESSION:

@@ -248,7 +248,7 @@ class _Trainer:
         if result.outcome != "published":
             return result, None
         with stages.stage("publish"):
-            served = recalibrate(trained.model, history, compared)
+            served = recalibrate(trained.model, history, labels, settings.horizons, compared)
             version = self._publish(trained, served, examples, compared, verdict, history, start, incumbent)
         announcement = announcement_of(settings, version, incumbent.announcement)
         return result._replace(version=f"{settings.store.name}/{version.version}"), announcement
