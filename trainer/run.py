@@ -4,9 +4,9 @@
                                                                                     └ no: say why, keep the incumbent
 
 A candidate is published where it passes the gate (`trainer/gate.py`) on later events, calibrated once more by those very
-events (`trainer/recalibrate.py`). The incumbent is the version
-announced last; where nothing ever was, the newest of the store that loads (it is then announced at once: a crash may have
-come between store and announcement); else, and after a withdrawal, the prior.
+events (`trainer/recalibrate.py`). The incumbent is the version announced last; where nothing ever was, the newest of the
+store that loads (it is then announced at once: a crash may have come between store and announcement); else, and after a
+withdrawal, the prior.
 
 A major model (new recurrence) is trained where there is no incumbent to build on, where a platform is new, where a teacher
 is due, every `major_every`-th publication, and once the examples have doubled since the last major one. The rest are
