@@ -105,6 +105,16 @@ def scraped(port: int) -> str:
         return ""
 
 
+def scores(port: int) -> float:
+    """Sent so far, of all platforms."""
+    found = (line for line in scraped(port).splitlines() if line.startswith("crosscurrent_scores_total{"))
+    return sum(float(line.rpartition(" ")[2]) for line in found)
+
+
+SCORED_BY_A_MODEL = 20_000
+"""Events, by which time days of the simulator's clock have passed: purchases have matured on its smallest platform."""
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Iterator[Demo]:
     folder = tmp_path_factory.mktemp("demo")
@@ -128,7 +138,10 @@ def demo(tmp_path_factory) -> Iterator[Demo]:
             assert process.poll() is None, log
             assert time.monotonic() < until, f"no model was swapped in within 300 s\n{log}"
             time.sleep(0.5)
-        time.sleep(5)  # a few more scrapes
+        enough = scores(ports["PORT"]) + SCORED_BY_A_MODEL
+        while scores(ports["PORT"]) < enough:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.5)
         span_s = started_s, time.time()
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=120)
