@@ -213,7 +213,7 @@ def calibration_errors(cells: dict) -> list[str]:
         "with a random sign for each user (`trainer.metrics.as_if_calibrated`). Median, and what one draw in twenty "
         "exceeds:",
         "",
-        "| platform | task | calibration error | of users | of a perfect model | of users |",
+        "| platform | task | calibration error | of users | a perfect model's | a perfect model's, of users |",
         "|---|---|---|---|---|---|",
     ]
     for key, cell in cells.items():
