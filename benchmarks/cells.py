@@ -353,11 +353,9 @@ def refreshed(z_M, delay_M, ts_M, user_M, anchors: np.ndarray, at: np.ndarray, h
     part = np.searchsorted(begins, ts_M[at], side="right") - 1
     out = np.empty(len(at))
     for index, begin in enumerate(begins):
-        age_M = np.floor(begin) - ts_M
-        come = so_far(delay_M[anchors], ts_M[anchors], age_M[anchors], horizon_ms)
-        known, come = anchors[come > 0.0][-newest:], come[come > 0.0][-newest:]
-        y = (delay_M[known] <= np.minimum(age_M[known], horizon_ms)).astype(np.float64)
-        slope, offset = line(z_M[known], y, come, user_M[known])
+        y, come = so_far(delay_M[anchors], ts_M[anchors], np.floor(begin) - ts_M[anchors], horizon_ms)
+        some = np.flatnonzero(come > 0.0)[-newest:]
+        slope, offset = line(z_M[anchors[some]], y[some], come[some], user_M[anchors[some]])
         out[part == index] = 1 / (1 + np.exp(-(slope * z_M[at[part == index]] + offset)))
     return out
 

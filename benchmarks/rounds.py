@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.cells import HEADS_OF, Bench, Section, note
 from models.artifact import load_prior
-from models.config import FoldConfig, HorizonsConfig
+from models.config import FoldConfig, HorizonsConfig, TrainerConfig
 from models.events import BINARY_HEADS
 from models.fold import N_FEATURES
 from models.student import StudentConfig
@@ -35,8 +35,7 @@ from trainer.train import learned, train
 NOWS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75, 0.80, 0.85)
 NEXT = 0.10
 """Shares of a platform's time."""
-VALIDATION = 0.2
-"""The trainer's default `validation_fraction`."""
+VALIDATION = TrainerConfig().validation_fraction
 
 
 class Next(NamedTuple):
@@ -79,9 +78,7 @@ def a_round(history: History, known: Labels, now: float, schedule: Schedule) -> 
     prior_3 = load_prior(fold).calibration_P32[0, :, 1]
     model = train(examples, config, history.categories, fold, schedule, prior_logits_3=prior_3).model
     learned_R3 = learned(examples, len(platforms))
-    compared = compare(
-        model, load_prior(fold), past, labels, horizons, replayed.rows, gate, learned_R3=learned_R3
-    )  # fmt: skip
+    compared = compare(model, load_prior(fold), past, labels, horizons, replayed.rows, gate, learned_R3=learned_R3)
     published = recalibrate(model, past, labels, horizons, compared)
     said = [predict(one, history, replayed.rows, gate) for one in (model, published.model)]
     at = said[0].at
@@ -111,9 +108,10 @@ def figures_of(found: list[Next], draws: int) -> dict:
         row = {"now": one.now, "platform": one.platform, "head": one.head, "n": len(one.y)}
         row |= {"log_loss": [x.mean() for x in loss], "ece_of_users": error, "predicted_over_actual": ratio}
         rows.append(row)
-        sums_U = np.bincount(one.user, loss[1] - loss[0], users), np.bincount(one.user, minlength=users)
-        drawn = np.array([[sums @ resamples.weights(draw) for sums in sums_U] for draw in range(draws)])
-        differences.append(drawn[:, 0] / np.maximum(drawn[:, 1], 1.0))
+        sums_D, events_D = resamples.means(
+            np.bincount(one.user, loss[1] - loss[0], users), np.bincount(one.user, minlength=users)
+        )
+        differences.append(sums_D / np.maximum(events_D, 1 / users))
     means = {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in ("log_loss", "ece_of_users")}
     off = np.abs(np.log([row["predicted_over_actual"] for row in rows]))
     point = means["log_loss"][1] - means["log_loss"][0]

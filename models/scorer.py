@@ -152,7 +152,7 @@ class Model:
         platform_lookup(self.config)
         if self.student is not None and self.config.n_features != N_FEATURES:
             raise ValueError(f"the model reads {self.config.n_features} features; the fold makes {N_FEATURES}")
-        for calibration in (self.calibration_P32, self.calibration_P32 if self.judged_P32 is None else self.judged_P32):
+        for calibration in (self.calibration_P32, self.as_judged().calibration_P32):
             if calibration.shape != (platforms + 1, N_LOGITS, 2) or calibration.dtype != np.float32:
                 raise ValueError(f"calibration has shape {calibration.shape}, of {calibration.dtype}")
         if self.categories is not None:

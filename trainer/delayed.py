@@ -43,9 +43,10 @@ def share_come(delay_K: np.ndarray, ts_K: np.ndarray, age_N: np.ndarray, ts_N: n
     return share_N
 
 
-def so_far(delay_N: np.ndarray, ts_N: np.ndarray, age_N: np.ndarray, horizon_ms: int) -> np.ndarray:
-    """(N,) share of what comes true of each event that has come by now: 1 where its label has matured, below 1 of a younger
-    one, 0 where nothing can be said of it. `delay_N`: after how long it came, very large where it has not."""
+def so_far(delay_N: np.ndarray, ts_N: np.ndarray, age_N: np.ndarray, horizon_ms: int) -> tuple[np.ndarray, np.ndarray]:
+    """→ (N,) 0.0 or 1.0: it has come by now, within its horizon; (N,) share of what comes true that has come by now: 1 where
+    the label has matured, below 1 of a younger event, 0 where nothing can be said of it. `delay_N`: after how long it came,
+    very large where it has not."""
     matured_N = age_N >= horizon_ms
     hits_N = matured_N & (delay_N <= horizon_ms)
     young_N = ~matured_N & (age_N > 0)
@@ -53,7 +54,7 @@ def so_far(delay_N: np.ndarray, ts_N: np.ndarray, age_N: np.ndarray, horizon_ms:
     if horizon_ms <= LONGEST_MS and hits_N.sum() >= LEAST_POSITIVES and young_N.any():
         share_n = share_come(delay_N[hits_N], ts_N[hits_N], age_N[young_N], ts_N[young_N])
         come_N[young_N] = np.minimum(share_n, _MOST)
-    return come_N
+    return (delay_N <= np.minimum(age_N, horizon_ms)).astype(np.float64), come_N
 
 
 def line(logit_N: np.ndarray, y_N: np.ndarray, come_N: np.ndarray, user_N: np.ndarray) -> tuple[float, float]:

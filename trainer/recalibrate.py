@@ -108,9 +108,8 @@ def _window(
     at = judged.at[picked]
     ts, delay = history.events["ts"][at], labels.delay_N3[at, head]
     age = labels.watermark_N[at] - ts
-    come = so_far(delay, ts, age, horizon_ms)
+    y, come = so_far(delay, ts, age, horizon_ms)
     some = come > 0.0
-    y = (delay <= np.minimum(age, horizon_ms)).astype(np.float64)
     return _Window(_logit(judged.p_N3[picked, head])[some], y[some], come[some], history.user[at][some])
 
 
