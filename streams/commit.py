@@ -144,6 +144,7 @@ class Committer:
         """By the partition number of the source."""
         self._unclaimed: set[asyncio.Future] = set()
         """Of the batch that is being processed."""
+        self._revocations = 0
         self.consumer: Any = None
         self.sender: Sender
         self.on_failure: Callable[[BaseException], None]
@@ -170,6 +171,8 @@ class Committer:
             self._positions[tp] = max(offset, self._positions.get(tp, 0))
 
     def on_revoked(self, revoked: Iterable[TP]) -> None:
+        """A commit that is still under way goes no further: the rows would follow those of the next owner."""
+        self._revocations += 1
         for tp in revoked:
             self._positions.pop(tp, None)
             self._committed.pop(tp, None)
@@ -178,7 +181,8 @@ class Committer:
         """Steps 1 to 4 for all partitions. True if offsets were committed. A second caller waits and then runs a commit of
         its own.
 
-        A failure is handed to `on_failure`, which does not return: after it nothing may be committed any more.
+        A failure is handed to `on_failure`, which does not return: after it nothing may be committed any more. A commit that
+        was begun is ended though its caller is cancelled: what it has taken no later one knows of.
         """
         return await self._guarded(self._numbers(None))
 
@@ -206,6 +210,9 @@ class Committer:
         return await self._guarded(self._numbers(turn))
 
     async def _guarded(self, numbers: list[int]) -> bool:
+        return await asyncio.shield(asyncio.get_running_loop().create_task(self._in_turn(numbers)))
+
+    async def _in_turn(self, numbers: list[int]) -> bool:
         try:
             async with AsyncExitStack() as stack:
                 # Always in the same order, so that two commits cannot wait for each other.
@@ -235,7 +242,9 @@ class Committer:
             if tp.partition in numbers and offset != self._committed.get(tp, 0)
         }
         dirty = self._store.take_dirty(numbers) if self._store is not None else {}
+        held = {partition: self._store.arena.held(partition) for partition in dirty}
         sends = set().union(*(self._sends.pop(number, ()) for number in numbers))
+        revocations = self._revocations
         if not (offsets or dirty or sends):
             return False
         kill = self._kill if dirty else KillSwitch(None)
@@ -243,19 +252,27 @@ class Committer:
         # step 2
         await gather_all(sends)
         kill("commit_sends_acked")
+        if self._revocations != revocations:
+            self._give_back(dirty, held)
+            return False
         # step 3
-        await self._write_changelog(dirty, kill)
+        await self._write_changelog(dirty, held, kill)
         kill("commit_changelog_acked")
         # step 4
-        committed = await self._commit_offsets(offsets, kill)
+        committed = self._revocations == revocations and await self._commit_offsets(offsets, kill)
         kill("commit_done")
         self._metrics.commits.inc()
         self._metrics.commit_seconds.observe(time.monotonic() - started_s)
         return committed
 
-    async def _write_changelog(self, dirty: dict[int, Changes], kill: KillSwitch) -> None:
+    def _give_back(self, dirty: dict[int, Changes], held: dict[int, object]) -> None:
+        """The rows are dirty again, where they still are."""
+        for partition, (keys, _) in dirty.items():
+            if (arena := self._store.arena).held(partition) is held[partition]:
+                arena.mark_dirty(arena.slots(partition, keys))
+
+    async def _write_changelog(self, dirty: dict[int, Changes], held: dict[int, object], kill: KillSwitch) -> None:
         acks = []
-        held = {partition: self._store.arena.held(partition) for partition in dirty}
         now_ms = int(time.time() * 1000)
         for partition, (keys, values) in dirty.items():
             acks.append(self.sender.send_columns(self._changelog_topic, partition, keys, values, now_ms))

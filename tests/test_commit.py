@@ -94,6 +94,9 @@ class _Broker:
         self.durable: dict[int, int] = {}
         self.offsets: dict[TP, int] = {}
         self.commits: list[set[int]] = []
+        self.answers = asyncio.Event()
+        """Cleared, what a batch gave is not acknowledged."""
+        self.answers.set()
 
     def process(self, tp: TP, offset: int) -> None:
         """A batch of one event: the row of the one user of the partition, where it has one, and a send."""
@@ -101,10 +104,14 @@ class _Broker:
             slots = self.store.arena.slots(tp.partition, [b"user"])
             self.store.arena.rows["applied_offset"][slots] = self.folded[tp.partition] = offset
             self.store.arena.mark_dirty(slots)
-        send = asyncio.get_running_loop().create_task(asyncio.sleep(offset % 3 * 1e-4))
+        send = asyncio.get_running_loop().create_task(self._ack_send(offset))
         self.sends.setdefault(tp, []).append((offset, send))
         self.committer.register(send)
         self.committer.processed(tp, offset + 1)
+
+    async def _ack_send(self, offset: int) -> None:
+        await asyncio.sleep(offset % 3 * 1e-4)
+        await self.answers.wait()
 
     async def _ack(self, partition: int, offset: int) -> int:
         await asyncio.sleep(1e-4)
@@ -122,7 +129,8 @@ class _Broker:
     async def commit_offsets(self, offsets: dict[TP, int]) -> bool:
         for tp, offset in offsets.items():
             assert offset > self.offsets.get(tp, -1), f"{tp}: committed backwards"
-            assert all(send.done() for at, send in self.sends[tp] if at < offset), f"{tp}: a send is not acknowledged"
+            acknowledged = (send.done() and not send.cancelled() for at, send in self.sends[tp] if at < offset)
+            assert all(acknowledged), f"{tp}: a send is not acknowledged"
             if tp.topic == "events":
                 assert self.durable[tp.partition] >= offset - 1, f"{tp}: a row is not acknowledged"
         self.offsets |= offsets
@@ -135,7 +143,7 @@ class _Broker:
     st.lists(
         st.one_of(
             st.just("turn"),
-            st.sampled_from(["turn", "turn", "all", "wait"]),
+            st.sampled_from(["turn", "turn", "all", "wait", "cancel"]),
             st.tuples(st.sampled_from(["events", "raw"]), st.integers(0, 9)),
         ),
         max_size=60,
@@ -151,11 +159,16 @@ def test_each_turn_commits_only_what_is_acknowledged_and_all_of_it_in_the_end(st
                 commits.append(asyncio.ensure_future(broker.committer.commit()))
             elif step == "wait":
                 await asyncio.sleep(1e-4)
+            elif step == "cancel":
+                await asyncio.sleep(0)  # it has begun
+                for commit in commits[-1:]:
+                    commit.cancel()
             else:
                 tp = TP(*step)
                 next_offset[tp] = next_offset.get(tp, -1) + 1
                 broker.process(tp, next_offset[tp])
-        await asyncio.gather(*commits)
+        for done in await asyncio.gather(*commits, return_exceptions=True):
+            assert isinstance(done, bool | asyncio.CancelledError), done
         for turn in range(TURNS):
             await broker.committer.commit_turn(turn)
         assert broker.offsets == {tp: offset + 1 for tp, offset in next_offset.items()}
@@ -215,3 +228,38 @@ async def test_a_turn_that_was_begun_is_ended_though_the_timer_is_cancelled():
     await broker.committer.commit()
     assert broker.durable == {0: 1} and broker.offsets == {TP("events", 0): 2}
     assert len(broker.commits) == 1
+
+
+async def test_a_commit_that_was_begun_is_ended_though_who_waits_for_it_is_cancelled():
+    """As a snapshot's commit is where the worker is told to stop: the last commit knows nothing of what it has taken."""
+    broker = _Broker()
+    broker.answers.clear()
+    broker.process(TP("events", 0), 1)
+    snapshot = asyncio.ensure_future(broker.committer.commit_partition(0))
+    await asyncio.sleep(0.001)
+    snapshot.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await snapshot
+    drain = asyncio.ensure_future(broker.committer.commit())
+    await asyncio.sleep(0.001)
+    assert not broker.offsets and not drain.done()
+    broker.answers.set()
+    await drain
+    assert broker.durable == {0: 1} and broker.offsets == {TP("events", 0): 2}
+
+
+async def test_what_was_revoked_before_its_sends_were_acknowledged_is_not_committed_late():
+    """Its rows would follow those of the next owner. They are ours to write once the partition is ours again."""
+    broker, tp = _Broker(), TP("events", 0)
+    broker.answers.clear()
+    broker.process(tp, 1)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(broker.committer.commit(), 0.01)
+    broker.committer.on_revoked({tp})
+    broker.answers.set()
+    await asyncio.sleep(0.01)
+    assert not broker.durable and not broker.offsets
+    broker.committer.on_seek({}, {tp: 0})
+    broker.process(tp, 1)
+    assert await broker.committer.commit()
+    assert broker.durable == {0: 1} and broker.offsets == {tp: 2}

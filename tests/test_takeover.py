@@ -70,6 +70,41 @@ async def test_a_worker_that_drained_starts_again_from_its_snapshots(fleet: Flee
     assert sum(line["rows_read"] for line in said(second, "state.recovered")) == 0
 
 
+SLOW_TO_SEND = """
+import asyncio
+from streams.commit import Committer, Sender
+
+commit_partition, hand_over = Committer.commit_partition, Sender._hand_over
+
+async def said_when_cancelled(committer, number):
+    try:
+        return await commit_partition(committer, number)
+    except asyncio.CancelledError:
+        print('{"event": "snapshot.cancelled"}', flush=True)
+        raise
+
+async def late(sender, *batch):
+    await asyncio.sleep(0.2)
+    return await hand_over(sender, *batch)
+
+Committer.commit_partition, Sender._hand_over = said_when_cancelled, late
+"""
+
+
+async def test_a_worker_that_is_told_to_stop_while_a_snapshot_is_committed_loses_nothing(fleet: Fleet):
+    """What that commit waits for belongs to none that follows."""
+    configure(fleet, "snapshot_interval_s = 0.01")
+    async with fleet.fed():
+        first = fleet.start(prelude=SLOW_TO_SEND)
+        await fleet.committing(300)
+        await fleet.drain(first)
+        second = fleet.start()
+        await fleet.committing(300)
+    info = await finish(fleet, second)
+    assert said(first, "snapshot.cancelled")
+    assert info["scores_repeated"] == info["events_repeated"] == 0
+
+
 @pytest.mark.parametrize("step", ["after_fold", "commit_sends_acked", "commit_changelog_acked"])
 async def test_a_killed_worker_starts_again_from_a_snapshot_and_the_rest(fleet: Fleet, step: str):
     """The rows of a snapshot may be newer than what was committed, and older than the changelog."""
