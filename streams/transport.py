@@ -217,6 +217,14 @@ def join_sends(producer: AIOKafkaProducer) -> None:
     producer._sender.client = _SendsJoined(producer._sender.client)
 
 
+class _ReadOffsets(dict):
+    """Where Faust notes the last offset that it has read of a partition. Where it asks, to leave out what is not beyond, it
+    is told nothing: it notes late, after a seek that brings earlier ones again; what was seen the committer knows."""
+
+    def __getitem__(self, tp: TP) -> None:
+        return None
+
+
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """The fetch thread: Faust's, with columns, a configurable wait and end offsets that hold on every broker."""
 
@@ -247,6 +255,9 @@ class Consumer(driver.Consumer):
         self.seeks = 0
         """Of the stream partitions to what is committed, begun so far."""
         self._seeking = asyncio.Lock()
+        self._left_at = -1
+        """`seeks` when records were last left because the flow had stopped: a seek that begins later brings them back."""
+        self._read_offset = _ReadOffsets()
         self._resumed = asyncio.Event()
         """A partition that was left out of fetches takes part again."""
 
@@ -255,19 +266,26 @@ class Consumer(driver.Consumer):
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
         await self.app.loaded.wait()
-        seek = self.seeks
+        seek, overlapped = self.seeks, self.seeking
         records, _ = await self._wait_next_records(timeout)
         generation = self.app.consumer_generation_id
-        if not records or self.should_stop or not self.flow_active:
-            return  # where the flow has stopped, what comes next ends with a seek
-        overlapped = seek != self.seeks or self.seeking
-        if overlapped:
-            # The positions may have moved past these records after the seek put them back.
+        if self.should_stop:
+            return
+        if not self.flow_active:
+            if records:
+                self._left_at = self.seeks
+            return
+        # Taken in part before a seek and in part after it, for all we know: the positions may have moved past these records
+        # after the seek put them back.
+        overlapped = bool(records) and (overlapped or seek != self.seeks or self.seeking)
+        owed = self._left_at == self.seeks and not self.app.rebalancing  # else Faust is about to seek itself
+        if overlapped or owed:
             await self.perform_seek()
         changelogs = self.app.tables.changelog_topics
         for ktp, (batch,) in records.items():
             tp = ensure_TP(ktp)
             if not self.flow_active or self.app.consumer_generation_id != generation:
+                self._left_at = self.seeks
                 break
             # Also of a partition that was paused since: its position has moved past these records, and without a
             # rebalance nothing would seek back to them.
@@ -297,9 +315,6 @@ class Consumer(driver.Consumer):
     @property
     def seeking(self) -> bool:
         return self._seeking.locked()
-
-    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
-        """Offsets within a batch are no gap."""
 
     def ack(self, message: Any) -> bool:
         """Only lets go of the message; what may be committed is the committer's to know."""

@@ -46,7 +46,6 @@ def parameters(function) -> list[str]:
     [
         (Consumer, "getmany", ["timeout"]),
         (Consumer, "_wait_next_records", ["timeout"]),
-        (Consumer, "_add_gap", ["tp", "offset_from", "offset_to"]),
         (Consumer, "ack", ["message"]),
         (Consumer, "perform_seek", []),
         (Consumer, "force_commit", ["topics", "start_new_transaction"]),
@@ -143,6 +142,13 @@ def test_consumer_internals_are_initialised():
     source = inspect.getsource(Consumer.__init__)
     for name in ("_read_offset", "_committed_offset", "_unacked_messages", "_buffered_partitions"):
         assert f"self.{name} =" in source, f"Consumer.{name} is gone: see streams/transport.py"
+
+
+def test_faust_asks_what_it_has_read_by_item_and_sees_no_gap_where_nothing_is_known():
+    """`streams.transport._ReadOffsets` answers None there, and what a seek has noted to `get`."""
+    source = inspect.getsource(Consumer._drain_messages)
+    assert "get_read_offset = self._read_offset.__getitem__" in source
+    assert "if r_offset is None or offset >= r_offset:" in source and "if gap > 1 and r_offset:" in source
 
 
 def test_faust_sleeps_where_no_partition_may_be_fetched():

@@ -88,9 +88,147 @@ async def test_a_seek_is_made_in_the_thread_that_fetches(consumer: Asking):
         await asyncio.wait_for(consumer.seek(ONE, 7), 10)
         *where, by = thread.sought
         assert where == [ONE, 7] and by is not threading.current_thread()
-        assert consumer._read_offset[ONE] == 7
+        assert consumer._read_offset.get(ONE) == 7
     finally:
         await thread.stop()
+
+
+class Seeking(Consumer):
+    """Seeks and fetches last as long as a test wants; what is fetched is a batch of ONE."""
+
+    answers: asyncio.Event
+    """Of a seek: the broker has said what is committed."""
+    fetched: asyncio.Queue[dict]
+
+    async def seek_to_committed(self) -> dict:
+        await self.answers.wait()
+        return {}
+
+    async def _getmany(self, active_partitions: set[TP], timeout: float) -> dict:
+        return await self.fetched.get()
+
+    def assignment(self) -> set[TP]:
+        return set()
+
+    async def taken(self) -> list[TP]:
+        return [tp async for tp, _ in self.getmany(1.0)]
+
+
+@pytest.fixture
+async def seeking(consumer: Asking) -> Seeking:
+    app = consumer.app
+    app.committer = SimpleNamespace(on_seek=lambda committed, starts: None)
+    app.loaded = asyncio.Event()
+    app.loaded.set()
+
+    async def nothing(*args: object) -> None: ...
+
+    seeking = Seeking(app.transport, nothing, nothing, nothing)
+    seeking.answers, seeking.fetched = asyncio.Event(), asyncio.Queue()
+    seeking.answers.set()
+    seeking._active_partitions = {ONE}
+    seeking.resume_flow()
+    return seeking
+
+
+def batch_of_one(first: int = 0) -> dict:
+    return {ONE: [records_of(0, first, [(b"k", b"v")])]}
+
+
+async def turns(n: int = 10) -> None:
+    for _ in range(n):
+        await asyncio.sleep(0)
+
+
+async def test_what_is_fetched_between_two_seeks_is_taken(seeking: Seeking):
+    await seeking.perform_seek()
+    seeking.fetched.put_nowait(batch_of_one())
+    assert await seeking.taken() == [ONE]
+    await seeking.perform_seek()
+    assert seeking.seeks == 2
+
+
+@pytest.mark.parametrize("ends_first", ["fetch", "seek"])
+@pytest.mark.parametrize("begins_first", ["fetch", "seek"])
+async def test_what_a_seek_overlaps_is_left_and_comes_again_by_one_more_seek(
+    seeking: Seeking, begins_first: str, ends_first: str
+):
+    """However they overlap: the records may have left aiokafka before the seek, and the positions moved on after it."""
+    seeking.answers.clear()
+
+    async def begin(what: str) -> asyncio.Task:
+        task = asyncio.create_task(seeking.perform_seek() if what == "seek" else seeking.taken())
+        await turns()
+        return task
+
+    async def end(what: str) -> None:
+        if what == "seek":
+            seeking.answers.set()
+        else:
+            seeking.fetched.put_nowait(batch_of_one())
+        await turns()
+
+    tasks = {what: await begin(what) for what in sorted(["fetch", "seek"], key=lambda what: what != begins_first)}
+    for what in sorted(["fetch", "seek"], key=lambda what: what != ends_first):
+        await end(what)
+    await asyncio.wait_for(tasks["seek"], 5)
+    assert await asyncio.wait_for(tasks["fetch"], 5) == []
+    assert seeking.seeks == 2
+
+
+async def test_what_was_left_while_the_flow_stood_still_comes_again(seeking: Seeking):
+    """Also where the seek that ends a rebalance has been made before: then by one of our own."""
+    taking = asyncio.create_task(seeking.taken())
+    await turns()
+    seeking.stop_flow()
+    await seeking.perform_seek()
+    seeking.fetched.put_nowait(batch_of_one())
+    assert await asyncio.wait_for(taking, 5) == []
+    seeking.resume_flow()
+    for rebalancing, seeks in ((True, 1), (False, 2)):
+        seeking.app.rebalancing = rebalancing
+        seeking.fetched.put_nowait({})
+        assert await asyncio.wait_for(seeking.taken(), 5) == []
+        assert seeking.seeks == seeks
+    seeking.fetched.put_nowait(batch_of_one())
+    assert await asyncio.wait_for(seeking.taken(), 5) == [ONE]
+    assert seeking.seeks == 2
+
+
+async def test_what_was_left_before_a_seek_needs_no_other(seeking: Seeking):
+    taking = asyncio.create_task(seeking.taken())
+    await turns()
+    seeking.stop_flow()
+    seeking.fetched.put_nowait(batch_of_one())
+    assert await asyncio.wait_for(taking, 5) == []
+    await seeking.perform_seek()
+    seeking.resume_flow()
+    seeking.fetched.put_nowait(batch_of_one())
+    assert await asyncio.wait_for(seeking.taken(), 5) == [ONE]
+    assert seeking.seeks == 1
+
+
+async def test_what_a_seek_brings_again_is_handed_on_though_more_had_been_read_before(seeking: Seeking):
+    """A message on its way while a seek is made: Faust notes its offset after that, and left out what is not beyond."""
+    handed_on, may_go_on = [], asyncio.Event()
+
+    async def callback(message) -> None:
+        await may_go_on.wait()
+        handed_on.append(message.offset)
+
+    seeking.callback = callback
+    draining = asyncio.create_task(seeking._drain_messages(SimpleNamespace(_stopped=asyncio.Event())))
+    seeking.fetched.put_nowait(batch_of_one(500))
+    await turns(20)
+    await seeking.perform_seek()
+    may_go_on.set()
+    await turns(20)
+    seeking.fetched.put_nowait(batch_of_one(400))
+    await turns(20)
+    draining.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await draining
+    assert handed_on == [500, 400]
 
 
 async def test_where_all_buffers_stay_full_the_wait_ends_in_time(consumer: Asking):
