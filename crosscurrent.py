@@ -127,14 +127,16 @@ def _nearest(key: str) -> str:
 
 
 def _parse(key: str, text: str) -> Any:
-    """A text for `key` as pydantic takes it: a list is comma-separated or JSON, an empty text is none where allowed."""
+    """A text for `key` as pydantic takes it: a list is comma-separated or JSON, an object JSON, an empty text is none where
+    allowed."""
     annotation = str(setting_fields()[key].annotation)
-    if "tuple[" in annotation.lower():
-        if text.lstrip().startswith("["):
-            try:
-                return json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{key}: {text!r} is no JSON list: {error}") from error
+    is_list = "tuple[" in annotation.lower()
+    if annotation.startswith("dict[") or (is_list and text.lstrip().startswith("[")):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{key}: {text!r} is no JSON {'list' if is_list else 'object'}: {error}") from error
+    if is_list:
         return [part.strip() for part in text.split(",") if part.strip()]
     if text == "" and "None" in annotation:
         return None
@@ -194,6 +196,9 @@ def _toml_value(value: Any) -> str:
         return f'"{MASK}"'
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(key, ensure_ascii=False)} = {_toml_value(own)}" for key, own in value.items())
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, str | Path):
         return json.dumps(str(value), ensure_ascii=False)
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -320,6 +325,23 @@ def trainer(
         port = settings.metrics.trainer_port
         raise ConfigError(f"port {port} is in use: set metrics.trainer_port to a free one (0 takes any)") from error
     return 1 if once and results[-1].outcome == "failed" else 0
+
+
+@app.command()
+def teacher(config: Config = None, assignments: Set = None) -> int:
+    """Train the teacher's transformer on the stored history; under torchrun, on several devices together.
+
+    What it leaves in trainer.teacher_dir is where the next teacher of the trainer begins. For example, on four cards:
+    torchrun --no-python --nproc-per-node 4 crosscurrent teacher --config crosscurrent.toml
+    """
+    settings = load_settings(_overrides(None, assignments), config)
+    _configure_logging(settings)
+    from trainer.pretrain import pretrain
+
+    done = pretrain(settings)
+    if done["rank"] == 0:
+        typer.echo(json.dumps(done))
+    return 0
 
 
 @app.command()

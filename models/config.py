@@ -180,6 +180,14 @@ class TrainerConfig(_Section):
     member to be dropped there. 0: whatever is not worse without it is dropped."""
     teacher_transformer: Literal["cpu", "gpu-small", "gpu", "large"] | None = None
     """Size of a causal transformer beside boosting and regression; None: none. It takes far longer than they do."""
+    teacher_dir: Path = Path(".crosscurrent/teacher")
+    """Where that transformer is kept, for the next one to begin with, and its checkpoint while it is trained."""
+    teacher_device: str = "auto"
+    """Where it is trained and asked: `auto` (a card where torch sees one), `cpu` or `cuda[:n]`."""
+    teacher_task_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Of heads whose loss is not to count 1 in it, such as {"purchase": 2.0}."""
+    teacher_tensorboard: bool = False
+    """Whether its losses are written to `teacher_dir`/tensorboard (extra `teacher`)."""
     teacher_texts: bool = False
     """Whether that transformer reads the words of each item's category, by a small language model (extra `teacher`)."""
     distil_epochs: Annotated[int, Field(ge=1)] = 4

@@ -60,7 +60,7 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
 def test_help_lists_every_command():
     done = run("--help")
     assert done.returncode == 0
-    commands = ["demo", "worker", "trainer", "replay", "broker", "history", "models", "dead-letters", "config"]
+    commands = ["demo", "worker", "trainer", "teacher", "replay", "broker", "history", "models", "dead-letters", "config"]
     assert all(f"  {name} " in done.stdout for name in commands)
     assert run().stdout == done.stdout
 

