@@ -253,7 +253,8 @@ def test_a_refusal_names_rule_cell_and_numbers():
     assert verdict.cells[0].pr_auc.incumbent == metrics.average_precision(y, p.astype(np.float32))
 
 
-def test_a_drop_of_the_point_refuses_without_significance_and_only_with_enough_events():
+@pytest.mark.parametrize("rule", ["auc", "pr_auc"])
+def test_a_drop_of_the_point_refuses_without_significance_and_only_with_enough_events(rule):
     user, p = truth(1400, 200)
     y = outcomes(p)
 
@@ -261,8 +262,10 @@ def test_a_drop_of_the_point_refuses_without_significance_and_only_with_enough_e
         return evidence(user, y, noisy(p, 0.5, seed), noisy(p, 0.5, seed + 100))
 
     verdicts = [decide(of(seed), FEW_POSITIVES) for seed in range(12)]
-    found = [v for v in verdicts if v.cells[0].auc.difference.value < -0.005 and v.cells[0].auc.difference.high > 0.0]
-    assert found and all("auc" in refusing(verdict) for verdict in found)
+    changes = [getattr(verdict.cells[0], rule).difference for verdict in verdicts]
+    found = [v for v, change in zip(verdicts, changes, strict=True) if change.value < -0.005 and change.high > 0.0]
+    assert found and all(rule in refusing(verdict) for verdict in found)
+    assert not any(rule in refusing(v) for v, change in zip(verdicts, changes, strict=True) if change.value > -0.005)
     spared = [decide(of(seed), FEW_POSITIVES._replace(ranked_events=1401)) for seed in range(12)]
     assert not any({"auc", "pr_auc"} & refusing(verdict) for verdict in spared)
 
