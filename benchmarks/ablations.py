@@ -3,6 +3,8 @@
     the teacher's logits ─► student (as in the main table) ─► macro AUC and log-loss, validation and test
                             ├ temperature · weight of the soft loss · auxiliary heads · fewer events asked
                             ├ a teacher of boosting alone; a teacher whose word was shuffled across events (it must hurt)
+                            ├ hints: further heads that say what each of the teacher's members says
+                            ├ the teacher's word of the user's event before, kept in the row, as inputs
                             └ fusion: the mean logit of teacher and student
 
 The main table's settings were chosen on validation; the rows here show what the choice rests on. One seed each.
@@ -10,12 +12,19 @@ The main table's settings were chosen on validation; the rows here show what the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import msgspec
 import numpy as np
+import torch
 
 from benchmarks import plots
-from benchmarks.baselines import BASELINES, DISTIL, heard, models_of
-from benchmarks.cells import Bench, Section, bar, difference, judge, student
-from benchmarks.datasets import VALIDATE
+from benchmarks.baselines import BASELINES, DISTIL, heard, members_of, models_of
+from benchmarks.cells import Bench, Section, bar, cached, difference, judge, named, student, student_config
+from benchmarks.datasets import TASKS, VALIDATE
+from models.config import FoldConfig
+from trainer.fit import logits
+from trainer.train import train
 
 DRAWS = 200
 
@@ -65,7 +74,47 @@ def _variants(bench: Bench, teacher_MT: np.ndarray, boosting_MT: np.ndarray) -> 
         "asked of learned anchors only": variant("anchors", soft=anchors_MT),
         "taught by boosting alone": variant("boosting", soft=alone_MT),
         "the teacher's word shuffled": variant("shuffled", soft=_shuffled(soft_MT, bench.examples.platform_M)),
+        "hints: heads for each of the teacher's members": lambda: hinted(bench, soft_MT),
+        "the teacher's word of the event before as inputs": lambda: with_vector(bench, soft_MT, teacher_MT),
     }
+
+
+def hinted(bench: Bench, soft_MT: np.ndarray) -> np.ndarray:
+    """(M, T) logits of a student that hears, beside the teacher, every member of it on heads that are not served."""
+    examples, members = bench.examples, members_of(bench)
+    wide_MX = np.concatenate([soft_MT, *(heard(bench, member_MT) for member_MT in members.values())], axis=1)
+    more = ((0, 0), (0, wide_MX.shape[1] - len(TASKS)))
+    told = replace(
+        examples,
+        tasks=(*TASKS, *(f"{task} by {name}" for name in members for task in TASKS)),
+        **{name: np.pad(getattr(examples, name), more) for name in ("y_MT", "learn_MT", "check_MT")},
+    )
+    return student(bench._replace(examples=told), "ablation-hints", DISTIL, wide_MX)[:, : len(TASKS)]
+
+
+def with_vector(bench: Bench, soft_MT: np.ndarray, teacher_MT: np.ndarray) -> np.ndarray:
+    """(M, T) logits of a student whose inputs are also the teacher's logits of the user's event before, as if they had been
+    asked for and put into the row at once: the most that such a vector can be worth."""
+    examples, config = bench.examples, student_config(bench.data)
+    before_MT = np.zeros_like(teacher_MT)
+    same = examples.user_M[1:] == examples.user_M[:-1]
+    before_MT[1:][same] = np.nan_to_num(teacher_MT[:-1][same])
+
+    def make() -> np.ndarray:
+        inputs_MX = torch.cat([examples.columns.features_NF, torch.from_numpy(before_MT)], dim=1)
+        told = replace(examples, columns=examples.columns._replace(features_NF=inputs_MX))
+        fitted = train(
+            told,
+            msgspec.structs.replace(config, n_features=inputs_MX.shape[1]),
+            bench.data.history.categories,
+            FoldConfig(),
+            DISTIL,
+            prior_logits_3=np.zeros(3),
+            soft_MT=soft_MT,
+        )
+        return logits(fitted.network, told, np.arange(len(told)))
+
+    return cached(bench, named("ablation-vector", DISTIL, soft_MT), make)
 
 
 def _shuffled(soft_MT: np.ndarray, platform_M: np.ndarray) -> np.ndarray:

@@ -282,6 +282,11 @@ def judge(
         y, user = cell.y_M[cell.at], bench.examples.user_M[cell.at]
         resamples = metrics.Resamples(user, draws)
         found = {"n": len(cell.at), "users": len(np.unique(user)), "base_rate": float(y.mean()), "models": {}}
+        in_time = metrics.auc_by_user(y, bench.examples.ts_M[cell.at], user)
+        both = ~np.isnan(in_time)
+        found["both_outcomes"] = {
+            "n": int(both.sum()), "users": len(np.unique(user[both])), "auc_of_time": float(in_time[both].mean())
+        }  # fmt: skip
         for model, seeds in models.items():
             figures = []
             for logits_MT in seeds:
@@ -365,11 +370,23 @@ def _figures(y, z, p, later, user, resamples: metrics.Resamples) -> dict:
     losses, later_losses = metrics.log_losses(y, p), metrics.log_losses(y, later)
     square, square_draws = metrics.ece_squares(y, later, resamples.means)
     at_half = metrics.at_threshold(y, p, 0.5)
+    within = metrics.auc_by_user(y, z, user)
+    both = ~np.isnan(within)
+    within_D, both_D = resamples.means(np.where(both, within, 0.0), both)
+    later_D, true_D = resamples.means(later, y)
+    said, did = p >= 0.5, y > 0
+    hits_D, said_D, did_D, right_D = resamples.means(said & did, said, did, said == did)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        half_draws = {"accuracy": right_D, "precision": hits_D / said_D, "recall": hits_D / did_D}
+        half_draws["f1"] = 2 * hits_D / (said_D + did_D)
+        more_draws = {"user_auc_draws": within_D / both_D, "refreshed_predicted_over_actual_draws": later_D / true_D}
     return {
         "auc": metrics.auc(y, z),
         "auc_draws": resamples.auc(y, z),
-        "user_auc": metrics.grouped_auc(y, z, user),
+        "user_auc": float(within[both].mean()) if both.any() else float("nan"),
         "pr_auc": metrics.average_precision(y, z),
+        "pr_auc_draws": resamples.average_precision(y, z),
+        **more_draws,
         "log_loss": float(losses.mean()),
         "log_loss_draws": resamples.mean(losses),
         "ece": metrics.ece(y, p),
@@ -383,6 +400,7 @@ def _figures(y, z, p, later, user, resamples: metrics.Resamples) -> dict:
         "refreshed_ece_square_draws": square_draws,
         "refreshed_predicted_over_actual": metrics.predicted_over_actual(y, later),
         **{f"{name}_at_0.5": value for name, value in at_half._asdict().items()},
+        **{f"{name}_at_0.5_draws": draws_D for name, draws_D in half_draws.items()},
     }
 
 
@@ -413,14 +431,29 @@ def bar(must: str, aim: str, value, met: bool, aim_met: bool) -> dict:
 
 
 def table(cells: dict, models: list[str], figure: str) -> str:
-    """A Markdown table of one figure."""
+    """A Markdown table of one figure; ± half of its 95 % interval where there are draws."""
     lines = [
         "| platform | task | anchors | users | base rate | " + " | ".join(models) + " |",
         "|---" * (5 + len(models)) + "|",
     ]
     for (platform, task), cell in cells.items():
-        values = " | ".join(f"{cell['models'][m][figure]:.4f}" for m in models)
+        values = " | ".join(with_half(cell["models"][m], figure) for m in models)
         lines.append(f"| {platform} | {task} | {cell['n']:,} | {cell['users']:,} | {cell['base_rate']:.3f} | {values} |")
-    means = " | ".join(f"{np.mean([c['models'][m][figure] for c in cells.values()]):.4f}" for m in models)
+    means = " | ".join(with_half(mean_over(cells, m, figure), figure) for m in models)
     lines.append(f"| **macro** | | | | | {means} |")
     return "\n".join(lines)
+
+
+def with_half(found: dict, figure: str) -> str:
+    """A figure to four places, and half of its interval where it has draws."""
+    value, draws = found[figure], found.get(f"{figure}_draws")
+    if draws is None:
+        return f"{value:.4f}"
+    at = metrics.interval(value, draws)
+    return f"{value:.4f} ±{(at.high - at.low) / 2:.3f}"
+
+
+def mean_over(cells: dict, model: str, figure: str) -> dict:
+    """Figure and, where they are there, its draws: the mean over cells."""
+    found = [cell["models"][model] for cell in cells.values()]
+    return {name: np.mean([one[name] for one in found], axis=0) for name in (figure, f"{figure}_draws") if name in found[0]}

@@ -25,32 +25,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
 
-from benchmarks import ablations, datasets, freshness, plots, ranking, rounds, served, simulated, transfer
+from benchmarks import (
+    ablations,
+    canaries,
+    datasets,
+    freshness,
+    plots,
+    ranking,
+    rounds,
+    served,
+    simulated,
+    strangers,
+    transfer,
+)
 from benchmarks.baselines import BASELINES, models_of, teachers_work
 from benchmarks.cells import (
     Bench,
     Section,
     bar,
     by_chance,
-    cells_of,
     difference,
     judge,
     note,
     prepare,
     student_config,
     table,
+    with_half,
 )
-from benchmarks.datasets import CELLS, MATRIX, TEST
+from benchmarks.datasets import CELLS, MATRIX
 from benchmarks.throughput import machine
-from models.config import FoldConfig
 from models.fold import FEATURE_NAMES
 from models.student import StudentConfig
-from trainer import boosting, metrics
-from trainer.examples import folded, replay
+from trainer import metrics
 
-SHUFFLES = 6
 FIGURES = {
     "auc": "AUC",
     "user_auc": "AUC within users, weighted by their anchors",
@@ -60,63 +68,18 @@ FIGURES = {
     "refreshed_ece": "Debiased ECE, calibrated anew",
     "refreshed_ece_of_users": "The same, less what chance adds where a user's events err together",
     "refreshed_predicted_over_actual": "Predicted over actual, calibrated anew",
-    "f1_at_0.5": "F1 at probability .5",
 }
 SECTIONS: dict[str, Callable[[Bench, bool], Section]] = {
     "ablations": ablations.measure,
     "ranking": ranking.measure,
     "served": served.measure,
+    "strangers": strangers.measure,
     "rounds": rounds.measure,
     "transfer": transfer.measure,
     "simulated": simulated.measure,
     "freshness": freshness.measure,
 }
 """Name → `measure(bench, quick)`: what the main table does not hold, each a module of its own beside this one."""
-
-
-# ── canaries: a run that trips one is worth nothing ──────────────────────────────────────────────────────────────────
-
-
-def canaries(bench: Bench) -> dict[str, str]:
-    """What went wrong, by canary; empty where nothing did."""
-    examples = bench.examples
-    features_MF = examples.columns.features_NF.numpy()
-    rng = np.random.default_rng(0)
-    wrong = {}
-    split_M, anchor_M = bench.data.split_N[examples.index_M], bench.data.anchor_N[examples.index_M]
-    for (row, task), (platform, name) in zip(cells_of(bench), CELLS, strict=True):
-        here = anchor_M & (examples.platform_M == row)
-        learn, at = examples.learn_MT[:, task], np.flatnonzero(here & (split_M == TEST))
-        learn = np.flatnonzero(learn & here)
-        y, x = examples.y_MT[:, task], features_MF
-        of_nothing = []
-        for _ in range(SHUFFLES):
-            predict = boosting.fit_boosting(x[learn], rng.permutation(y[learn]), seeds=(0,), threads=bench.threads)
-            of_nothing.append(metrics.auc(y[at], predict(x[at])))
-        low, high = around_mean(of_nothing, 0.05 / len(CELLS))
-        if low > 0.5 or high < 0.5:
-            wrong[f"{platform} {name} shuffled labels"] = f"AUC [{low:.3f}, {high:.3f}]"
-        for feature, title in enumerate(FEATURE_NAMES):
-            if _tells_too_much(y[at], x[at, feature]):
-                wrong[f"{platform} {name} feature {title}"] = "AUC over .95 alone"
-        if not _tells_too_much(y[at], y[at] + rng.normal(0, 0.1, len(at))):
-            wrong[f"{platform} {name} planted"] = "a feature from the future was not caught"
-    again = replay(bench.data.history, FoldConfig(), "cpu", batch=997)
-    if again.features_MF[folded(bench.data.history, again)].tobytes() != features_MF.tobytes():
-        wrong["replay"] = "features folded in other batches are not the same bytes"
-    return wrong
-
-
-def around_mean(values: list[float], alpha: float) -> tuple[float, float]:
-    """The interval of the mean by Student's t. Over shuffles, not over users: what one shuffle teaches leans somewhere by
-    chance, and on thousands of anchors that is significant."""
-    half = float(stats.t.ppf(1 - alpha / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
-
-
-def _tells_too_much(y: np.ndarray, feature: np.ndarray) -> bool:
-    alone = metrics.auc(y, feature)
-    return max(alone, 1.0 - alone) > 0.95
 
 
 # ── bars ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -223,6 +186,41 @@ def calibration_errors(cells: dict) -> list[str]:
     return lines
 
 
+def within_users(cells: dict) -> list[str]:
+    """What those figures are of; Markdown."""
+    lines = [
+        "Of users with both outcomes. Below .5 is no error: within a user what comes true lies before what does not (a "
+        "history ends by nothing coming), while his counts grow. Ranked by nothing but their time the same anchors have:",
+        "",
+        "| platform | task | anchors | users with both outcomes | AUC within users, of the time |",
+        "|---|---|---|---|---|",
+    ]
+    for key, cell in cells.items():
+        both = cell["both_outcomes"]
+        lines.append(f"| {' | '.join(key)} | {both['n']:,} | {both['users']:,} | {both['auc_of_time']:.4f} |")
+    return lines
+
+
+def at_half(cells: dict) -> list[str]:
+    """Decisions at one threshold; Markdown."""
+    shown, figures = ("boosting", "teacher", "distilled"), ("accuracy", "precision", "recall", "f1")
+    lines = [
+        "Accuracy / precision / recall / F1 ± half of its interval, of probabilities calibrated on validation.",
+        "",
+        f"| platform | task | anchors | users | base rate | {' | '.join(shown)} |",
+        "|---" * (5 + len(shown)) + "|",
+    ]
+    for key, cell in cells.items():
+        values = []
+        for model in shown:
+            found = cell["models"][model]
+            three = " / ".join(f"{found[f'{figure}_at_0.5']:.3f}" for figure in figures[:3])
+            values.append(f"{three} / {with_half(found, 'f1_at_0.5')}")
+        about = f"{cell['n']:,} | {cell['users']:,} | {cell['base_rate']:.3f}"
+        lines.append(f"| {' | '.join(key)} | {about} | {' | '.join(values)} |")
+    return lines
+
+
 def without_cap(cells: dict, models: list[str]) -> str:
     """Of cells that are judged on all anchors of their users; Markdown."""
     lines = [
@@ -245,18 +243,24 @@ def without_cap(cells: dict, models: list[str]) -> str:
 def tables(figures: dict, models: list[str]) -> str:
     """The main section's text."""
     lines = [
-        f"{figures['seeds']} seed(s), {figures['draws']} bootstrap draws of users. The student is one network for all "
+        f"*student* and *distilled*: the mean of {figures['seeds']} seed(s); the other models are one fit each. ± is half "
+        f"of the 95 % interval over {figures['draws']} bootstrap draws of users. The student is one network for all "
         "platforms; *distilled* is the same, taught by *teacher*. The best baseline is chosen in each cell, on test."
     ]
     for figure, title in FIGURES.items():
         lines += ["", f"## {title}", "", table(figures["cells"], models, figure)]
+        lines += ["", *within_users(figures["cells"])] if figure == "user_auc" else []
+    lines += ["", "## At probability .5", "", *at_half(figures["cells"])]
     lines += ["", "Calibration of the distilled student, calibrated anew:", ""]
     lines += ["![calibration](plots/calibration.svg)", "", *calibration_errors(figures["cells"])]
     lines += ["", without_cap(figures["without cap"], models)]
     lines += ["", "## The teacher's members", ""]
     lines += [f"- {name}: {reason}" for name, reason in figures["teacher"]["reasons"].items()]
     wrong = [f"- {name}: {what}" for name, what in figures["canaries"].items()]
-    lines += ["", "## Canaries", "", *(wrong or ["None tripped: shuffled labels, planted future, single features, replay."])]
+    none = (
+        "None tripped: shuffled labels, single features, the future, replay (`benchmarks/canaries.py`); both plants caught."
+    )
+    lines += ["", "## Canaries", "", *(wrong or [none])]
     return "\n".join(lines)
 
 
@@ -300,9 +304,14 @@ def _short(value) -> str:
 
 
 def plain(value):
-    """For JSON: arrays of draws are left out."""
+    """For JSON: arrays of draws are left out, their 95 % interval stands beside the figure."""
     if isinstance(value, dict):
-        return {" ".join(k) if isinstance(k, tuple) else k: plain(v) for k, v in value.items() if "draws" not in k}
+        out = {" ".join(k) if isinstance(k, tuple) else k: plain(v) for k, v in value.items() if "draws" not in k}
+        for name, draws in value.items():
+            figure = name.removesuffix("_draws") if isinstance(name, str) else name
+            if figure != name and figure in value and np.ndim(draws) == 1:
+                out[f"{figure}_interval"] = list(metrics.interval(value[figure], draws)[1:])
+        return out
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain(v) for v in value]
     return float(value) if isinstance(value, (np.floating, float)) else value
@@ -311,7 +320,7 @@ def plain(value):
 def main_table(bench: Bench, quick: bool) -> tuple[Section, dict[str, str]]:
     """→ the section; canaries that tripped."""
     seeds, draws = range(1 if quick else 3), 100 if quick else 400
-    wrong = canaries(bench)
+    wrong = canaries.tripped(bench)
     models, kept, reasons = models_of(bench, seeds, 4 if quick else 12)
     platforms = bench.data.history.platforms
     why = {f"{platforms[row - 1]}, {member}": reason for (row, member), reason in reasons.items()}
@@ -368,14 +377,18 @@ def _command(arguments: argparse.Namespace) -> str:
     return f'make bench-quality ARGS="{" ".join(flags)}"' if flags else "make bench-quality"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
     shared = os.environ.get("CROSSCURRENT_DATA") or datasets.ROOT.parent / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=Path(shared))
-    parser.add_argument("--cache", type=Path, default=datasets.ROOT / ".crosscurrent" / "quality")
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--report", type=Path, help="write the result as Markdown here")
-    parser.add_argument("--quick", action="store_true", help="one seed, 100 draws, 4 trials of tuning")
-    parser.add_argument("--only", action="append", choices=["cells", *SECTIONS], help="this section (may be repeated)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    sys.exit(main(parser.parse_args()))
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--data", type=Path, default=Path(shared))
+    out.add_argument("--cache", type=Path, default=datasets.ROOT / ".crosscurrent" / "quality")
+    out.add_argument("--json", type=Path, help="also write the result here")
+    out.add_argument("--report", type=Path, help="write the result as Markdown here")
+    out.add_argument("--quick", action="store_true", help="one seed, 100 draws, 4 trials of tuning")
+    out.add_argument("--only", action="append", choices=["cells", *SECTIONS], help="this section (may be repeated)")
+    out.add_argument("--threads", type=int, default=os.cpu_count())
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main(parser().parse_args()))

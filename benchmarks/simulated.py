@@ -46,7 +46,7 @@ from trainer.history import History
 from trainer.labels import horizons_ms, make_labels
 from trainer.markov import hidden_markov
 from trainer.rates import matured_counts, rate_features
-from trainer.teacher import choose, mean_of, recurrence
+from trainer.teacher import Reasons, choose, mean_of, recurrence
 from trainer.train import Trained, affine, train
 from trainer.transformer import TransformerConfig
 from trainer.transformer_fit import fit_transformer
@@ -414,8 +414,8 @@ def judge(world: World, models: dict[str, np.ndarray], at_M: np.ndarray, draws: 
     return out
 
 
-def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]:
-    """(M, T) logits of every model, Bayes and the observer included (T: their three)."""
+def all_models(bench: Bench, world: World, trials: int) -> tuple[dict[str, np.ndarray], Reasons]:
+    """→ (M, T) logits of every model, Bayes and the observer included (T: their three); why the teacher's members stayed."""
     models = boosted(bench, trials)
     rated = with_own_rates(world)
     with_rates_MX = np.concatenate([rated.columns.features_NF.numpy(), rated.own_MR], axis=1)
@@ -424,7 +424,8 @@ def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]
         "randomised": crossed(bench, "randomised-rates", boosting.fit_randomised, with_rates_MX),
         "logistic": models["logistic"],
     }
-    members["transformer"] = transformer(bench, np.mean([*members.values()], axis=0))
+    models["offset"] = np.mean([*members.values()], axis=0)
+    members["transformer"] = transformer(bench, models["offset"])
     members["recurrence"] = cached(
         bench,
         f"simulated-recurrence-{digest(PLAIN)}",
@@ -435,7 +436,7 @@ def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]
         bench, f"simulated-hidden-markov-{code}", lambda: hidden_markov()(rated, np.empty(0)).logits_MT
     )
     models["student"] = student(bench, world.history, "plain", PLAIN)
-    kept, _ = choose(bench.examples, members, MARGIN)
+    kept, reasons = choose(bench.examples, members, MARGIN)
     note(f"teacher: {kept}")
     models["transformer"], models["hidden_markov"] = members["transformer"], members["hidden_markov"]
     models["teacher"] = mean_of(members, kept, bench.examples.platform_M)
@@ -451,10 +452,10 @@ def all_models(bench: Bench, world: World, trials: int) -> dict[str, np.ndarray]
         "simulated-observer",
         lambda: observer.expected_truth(bench.examples.user_M, bench.examples.ts_M, bench.examples.platform_M - 1, kind_M),
     )
-    return models | {"observer": logit(sees_M3), "bayes": logit(world.truth_M3)}
+    return models | {"observer": logit(sees_M3), "bayes": logit(world.truth_M3)}, reasons
 
 
-def known(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict, dict, str]:
+def known(world: World, models: dict[str, np.ndarray], reasons: Reasons, draws: int) -> tuple[dict, dict, str]:
     """→ bars, figures, text: what is known of what can be known."""
     test_M = world.part_M == TEST
     everybody = judge(world, models, test_M, draws)
@@ -464,6 +465,8 @@ def known(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict
     more = {
         "student without distillation − LightGBM": difference(everybody, "student", LIGHTGBM),
         "distilled − undistilled": difference(everybody, "distilled", "student"),
+        "transformer − its offset": difference(everybody, "transformer", "offset"),
+        "transformer − its offset, log-loss": difference(everybody, "transformer", "offset", "log_loss"),
         "teacher − logistic regression": difference(everybody, "teacher", "logistic"),
         "distilled − logistic regression": difference(everybody, "distilled", "logistic"),
         "distilled − best of LightGBM and logistic regression, log-loss": difference(
@@ -489,15 +492,16 @@ def known(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict
             left.value <= 0.01,
         ),
     }
-    names = ["logistic", *LIGHTGBM, "transformer", "hidden_markov", "teacher", "student", "distilled", "bayes"]
+    names = ["logistic", *LIGHTGBM, "offset", "transformer", "hidden_markov", "teacher", "student", "distilled", "bayes"]
     lines = [
         "## How much of what can be known",
         "",
         f"{SHOPPERS.n_shoppers:,} shoppers, {DAYS:.0f} days, {len(world.examples):,} events; train, validate and test are "
         f"days {PARTS}, every event of them an anchor. LightGBM is the better of fixed and tuned ({TRIALS} random settings) "
         f"in each cell, on test. One seed, {draws} draws of users. *bayes* knows the hidden state: with it, the label is a "
-        "draw of a known coin. *transformer* and *hidden_markov* (`trainer/markov.py`, which sees events and no feature) "
-        "are members of the teacher, alone.",
+        "draw of a known coin. *hidden_markov* (`trainer/markov.py`, which sees events and no feature) and *transformer* "
+        "are members of the teacher; *transformer* is a residual on *offset*, the mean of boosting and randomised trees by "
+        "the own rates and of regression, so what it adds is the difference of the two.",
         "",
         table(everybody, names, "auc"),
         "",
@@ -516,12 +520,17 @@ def known(world: World, models: dict[str, np.ndarray], draws: int) -> tuple[dict
         "|---|---|",
         *(f"| {name} | {at.value:+.4f} [{at.low:+.4f}, {at.high:+.4f}] |" for name, at in more.items()),
         "",
+        "The teacher's members, platform by platform:",
+        "",
+        *(f"- {PLATFORMS[row - 1]}, {member}: {reason}" for (row, member), reason in reasons.items()),
+        "",
         "![What the student says against the true probability](plots/simulated-calibration.svg)",
         "",
         "Mean true probability against what the distilled student says, calibrated on the validation days, in 15 bins of "
         "equal mass on the test days.",
     ]
     figures = {"everybody": everybody, "seen wholly": seen, "more": {name: list(at) for name, at in more.items()}}
+    figures["members"] = {f"{PLATFORMS[row - 1]}, {member}": reason for (row, member), reason in reasons.items()}
     return bars, figures, "\n".join(lines)
 
 
@@ -697,10 +706,10 @@ def measure(bench: Bench, quick: bool) -> Section:
     bench = keyed(bench, world)
     note(f"simulated: {len(world.examples)} events")
     trials = 1 if quick else TRIALS
-    models = all_models(bench, world, trials)
+    models, reasons = all_models(bench, world, trials)
     plot_calibration(world, models["distilled"], PLOTS / "simulated-calibration.svg")
     further = {key: cell for seed in FURTHER for key, cell in further_cells(bench, seed, trials, draws).items()}
-    parts = {"known": known(world, models, draws), "shift": shifted(world, models, further, draws)}
+    parts = {"known": known(world, models, reasons, draws), "shift": shifted(world, models, further, draws)}
     bars = {name: one for part in parts.values() for name, one in part[0].items()}
     intro = (
         "## The simulator, stated apart\n\nEverything here is simulated (`streams/simulator.py`), and nothing of it is in "

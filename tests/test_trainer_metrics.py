@@ -32,21 +32,18 @@ def test_auc_and_average_precision_are_those_of_scikit_learn(drawn):
 @given(binary)
 @settings(max_examples=40, deadline=None)
 def test_a_weight_is_how_often_an_event_occurs(drawn):
-    y, score, user, w = columns(drawn)
+    y, score, _, w = columns(drawn)
     again = np.repeat(np.arange(len(y)), w.astype(int))
     for figure in (metrics.auc, metrics.average_precision, metrics.log_loss):
         np.testing.assert_allclose(figure(y, score, w), figure(y[again], score[again]))
-    np.testing.assert_allclose(
-        metrics.grouped_auc(y, score, user, w), metrics.grouped_auc(y[again], score[again], user[again])
-    )
 
 
-def test_grouped_auc_sees_only_the_order_within_users():
-    y, user = np.array([0, 1, 0, 1, 1]), np.array([0, 0, 1, 1, 2])
-    score = np.array([0.8, 0.9, 0.2, 0.1, 0.5])
-    assert metrics.grouped_auc(y, score, user) == pytest.approx(0.5)
-    assert metrics.grouped_auc(y, score + user, user) == pytest.approx(0.5)
-    assert np.isnan(metrics.grouped_auc(y[4:], score[4:], user[4:]))
+def test_an_auc_by_user_sees_only_the_order_of_his_own_events():
+    y, user = np.array([1, 0, 1, 0, 1]), np.array([2, 0, 0, 1, 1])
+    score = np.array([0.5, 0.8, 0.9, 0.2, 0.1])
+    for moved in (score, score + user):
+        np.testing.assert_array_equal(metrics.auc_by_user(y, moved, user), [np.nan, 1.0, 1.0, 0.0, 0.0])
+    assert len(metrics.auc_by_user(y[:0], score[:0], user[:0])) == 0
 
 
 def test_log_loss_is_that_of_scikit_learn():

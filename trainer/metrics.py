@@ -1,6 +1,6 @@
 """Figures of merit and their intervals, weighted, so that a bootstrap over users is the same function with other weights.
 
-    auc, grouped_auc, average_precision, log_loss, ece, at_threshold    of binary outcomes
+    auc, auc_by_user, average_precision, log_loss, ece, at_threshold    of binary outcomes
     ranks → hit_rate, ndcg, mrr                                         of one right answer among many
     Resamples → interval, paired                                        user-clustered bootstrap
 
@@ -14,7 +14,6 @@ the squared difference minus the variance of the mean in each bin (Kumar, Liang 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -95,20 +94,14 @@ def _of_sorted(kernel: Callable, ordered: Sorted, w: np.ndarray | None) -> float
     return float(kernel(ordered.y, ordered.ends, w))
 
 
-def grouped_auc(y: np.ndarray, score: np.ndarray, user: np.ndarray, w: np.ndarray | None = None) -> float:
-    """Mean AUC within users, weighted by their events, over users with both outcomes."""
-    order = np.lexsort((score, user))
-    user, y, score = user[order], y[order].astype(np.uint8), score[order]
-    w = np.ones(len(y)) if w is None else w[order].astype(np.float64)
-    total = weight = 0.0
-    cuts = np.r_[0, np.flatnonzero(user[1:] != user[:-1]) + 1, len(user)]
-    for start, stop in pairwise(cuts.tolist()):
-        part = score[start:stop]
-        value = _auc(y[start:stop], np.r_[part[1:] != part[:-1], True], w[start:stop])
-        if value == value:
-            n = w[start:stop].sum()
-            total, weight = total + n * value, weight + n
-    return total / weight if weight else float("nan")
+def auc_by_user(y: np.ndarray, score: np.ndarray, user: np.ndarray) -> np.ndarray:
+    """(n,) of each event the AUC among its user's events; NaN where they have one outcome only."""
+    out = np.full(len(y), np.nan)
+    order = np.argsort(user, kind="stable")
+    for own in np.split(order, np.flatnonzero(np.diff(user[order])) + 1):
+        if len(own) > 1 and 0 < y[own].sum() < len(own):
+            out[own] = auc(y[own], score[own])
+    return out
 
 
 def log_losses(y: np.ndarray, p: np.ndarray) -> np.ndarray:
