@@ -32,6 +32,7 @@ import faust
 import numpy as np
 import structlog
 from faust.tables import TableManager
+from faust.tables.recovery import Recovery, ServiceStopped
 from faust.types import TP
 from yarl import URL
 
@@ -75,8 +76,30 @@ _EVENT_BYTES = 200
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+class StepsThatEnd(Recovery):
+    """Faust takes a step of its recovery that lasts longer than the broker's request timeout for its own end: the worker
+    would stay in its group, never ready. Ours crashes, and the next start tries again."""
+
+    async def _wait(self, coro: Any, timeout: Any = None) -> None:
+        try:
+            await super()._wait(coro, timeout)
+        except ServiceStopped:
+            if not self.should_stop:
+                raise CrosscurrentError(
+                    f"a step of the recovery took longer than kafka.request_timeout_s ({timeout} s): the broker is slow or "
+                    "away. Start the worker again; if it stays so, raise that setting"
+                ) from None
+            raise
+
+
 class Tables(TableManager):
     """Faust's tables, started at once: it waits for a second, in case one is declared late. Ours are declared before."""
+
+    @property
+    def recovery(self) -> Recovery:
+        if self._recovery is None:
+            self._recovery = StepsThatEnd(self.app, self, beacon=self.beacon, loop=self.loop)
+        return self._recovery
 
     async def on_start(self) -> None:
         await self._update_channels()
@@ -302,6 +325,8 @@ class Worker:
             table.changelog_topic.schema = BatchSchema()
             store = table.data
             store.on_corrupt_row = settings.worker.on_corrupt_row
+            # At once: the next event could be folded into a row that was not restored.
+            store.on_failure = lambda error: self.fatal("state", error)
             if settings.worker.hot_users:
                 cold = ColdRows(settings.worker.data_dir / "cold", settings.worker.on_corrupt_row)
                 store.arena.keep_cold(cold, settings.worker.hot_users)
@@ -503,8 +528,6 @@ class Worker:
     def _watch_state(self) -> None:
         if self.store is None:
             return
-        if self.store.failure is not None:
-            raise self.store.failure
         self.metrics.state_rows.set(len(self.store.arena))
         self.metrics.state_bytes.set(self.store.arena.nbytes)
         new = self.store.recovered_rows - self._counted_rows

@@ -463,7 +463,8 @@ class ArenaStore(base.Store):
         self.arena = Arena(self.url.host or "cpu")
         self.recovered_rows = 0
         self.skipped_rows = 0
-        self.failure: StateError | None = None
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[Exception], None] = lambda error: None
         self.standbys: set[int] = set()
         """Partitions that another worker writes: we only follow their changelog, to take over at once."""
         self.load_snapshot: Callable[[int], Awaitable[tuple[int, int] | None]] | None = None
@@ -477,14 +478,16 @@ class ArenaStore(base.Store):
 
     def apply_changelog_batch(self, batch: Iterable[EventT], to_key: Any = None, to_value: Any = None) -> None:
         """Takes rows back from the changelog. Faust swallows what is raised here and would then wait for ever, so the
-        first failure is kept in `failure` for the app to crash on, and nothing more is applied."""
+        first failure is told to `on_failure`, which does not return, and kept: nothing more is applied."""
         for event in batch:
             message = event.message
             if self.failure is None:
                 try:
                     self._restore(message.tp, *_columns(message.value))
-                except StateError as error:  # of rows on disk
+                except Exception as error:
                     self.failure = error
+                if self.failure is not None:
+                    self.on_failure(self.failure)
             self.written(message.tp, message.offset, round(message.timestamp * 1000))
 
     def _restore(self, tp: TP, keys: Spans, values: Spans, offsets: Sequence[int]) -> None:

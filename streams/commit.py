@@ -43,7 +43,7 @@ import numpy as np
 import structlog
 from faust.types import TP
 
-from models.errors import WorkerFenced
+from models.errors import CrosscurrentError, WorkerFenced
 from streams.arena import ArenaStore, Changes
 from streams.metrics import Metrics
 from streams.wire import Spans, build
@@ -144,7 +144,7 @@ class Committer:
         """By the partition number of the source."""
         self._unclaimed: set[asyncio.Future] = set()
         """Of the batch that is being processed."""
-        self._revocations = 0
+        self.revocations = 0
         self.consumer: Any = None
         self.sender: Sender
         self.on_failure: Callable[[BaseException], None]
@@ -172,7 +172,7 @@ class Committer:
 
     def on_revoked(self, revoked: Iterable[TP]) -> None:
         """A commit that is still under way goes no further: the rows would follow those of the next owner."""
-        self._revocations += 1
+        self.revocations += 1
         for tp in revoked:
             self._positions.pop(tp, None)
             self._committed.pop(tp, None)
@@ -241,10 +241,12 @@ class Committer:
             for tp, offset in self._positions.items()
             if tp.partition in numbers and offset != self._committed.get(tp, 0)
         }
-        dirty = self._store.take_dirty(numbers) if self._store is not None else {}
+        # Rows of partitions that were revoked are another's to write.
+        ours = {tp.partition for tp in self._positions}.intersection(numbers)
+        dirty = self._store.take_dirty(sorted(ours)) if self._store is not None else {}
         held = {partition: self._store.arena.held(partition) for partition in dirty}
         sends = set().union(*(self._sends.pop(number, ()) for number in numbers))
-        revocations = self._revocations
+        revocations = self.revocations
         if not (offsets or dirty or sends):
             return False
         kill = self._kill if dirty else KillSwitch(None)
@@ -252,14 +254,14 @@ class Committer:
         # step 2
         await gather_all(sends)
         kill("commit_sends_acked")
-        if self._revocations != revocations:
+        if self.revocations != revocations:
             self._give_back(dirty, held)
             return False
         # step 3
         await self._write_changelog(dirty, held, kill)
         kill("commit_changelog_acked")
         # step 4
-        committed = self._revocations == revocations and await self._commit_offsets(offsets, kill)
+        committed = self.revocations == revocations and await self._commit_offsets(offsets, kill)
         kill("commit_done")
         self._metrics.commits.inc()
         self._metrics.commit_seconds.observe(time.monotonic() - started_s)
@@ -298,9 +300,11 @@ class Committer:
 
 
 async def gather_all(futures: Iterable[asyncio.Future]) -> list[Any]:
-    """Waits for all; raises the first failure only once none is pending."""
+    """Waits for all; raises the first failure only once none is pending. One that was cancelled is a failure, too."""
     results = await asyncio.gather(*futures, return_exceptions=True)
     for result in results:
+        if isinstance(result, asyncio.CancelledError):
+            raise CrosscurrentError("a send was cancelled: nothing that came after it may be committed") from result
         if isinstance(result, BaseException):
             raise result
     return list(results)

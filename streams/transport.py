@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.consumer.fetcher import READ_COMMITTED, FetchResult, PartitionRecords
+from aiokafka.errors import IllegalStateError
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.protocol.types import Int32, String
@@ -279,8 +280,11 @@ class Consumer(driver.Consumer):
         # after the seek put them back.
         overlapped = bool(records) and (overlapped or seek != self.seeks or self.seeking)
         owed = self._left_at == self.seeks and not self.app.rebalancing  # else Faust is about to seek itself
-        if overlapped or owed:
-            await self.perform_seek()
+        if (overlapped or owed) and self.assignment():
+            try:
+                await self.perform_seek()
+            except IllegalStateError:
+                return  # a partition was taken away meanwhile: a rebalance, which ends with a seek
         changelogs = self.app.tables.changelog_topics
         for ktp, (batch,) in records.items():
             tp = ensure_TP(ktp)
@@ -330,23 +334,27 @@ class Consumer(driver.Consumer):
         Faust lets stream partitions be fetched before this and while it goes on. Those records come again, so the agents
         drop what was fetched before the last seek began, and `getmany` what a seek overlaps, after one more seek.
         """
+        revocations = self.committer.revocations
         async with self._seeking:
             self.seeks += 1
-            self._read_offset.clear()
-            await super().perform_seek()
+            # Not Faust's own, which reads what is committed from where it also notes, meanwhile, what it hands on.
+            sought = {ensure_TP(tp): offset or 0 for tp, offset in (await self.seek_to_committed()).items()}
             changelogs = self.app.tables.changelog_topics
             streams = [tp for tp in self.assignment() if tp.topic not in changelogs]
             earliest = await self.earliest_offsets(*streams) if streams else {}
             starts = {}
             for tp in streams:
-                committed, first = self._read_offset.get(tp) or 0, earliest[tp]
+                committed, first = sought.get(tp, 0), earliest[tp]
                 if committed and committed < first:
                     log.error("consumer.records_removed", topic=tp.topic, partition=tp.partition, records=first - committed)
                 starts[tp] = max(committed, first)
                 if starts[tp] != committed or not committed:
                     # aiokafka's seek_to_committed leaves a partition without a committed offset wherever it is.
                     await self.seek(tp, starts[tp])
-            committed = {tp: offset for tp, offset in self._committed_offset.items() if offset is not None}
+            if self.committer.revocations != revocations:
+                return  # what was taken away meanwhile has no position until the seek after the rebalance
+            committed = {tp: offset for tp, offset in sought.items() if offset}
+            self._committed_offset.update(committed)
             self.committer.on_seek(committed, starts)
 
     async def _seek(self, partition: TP, offset: int) -> None:

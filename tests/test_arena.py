@@ -140,6 +140,22 @@ def test_a_corrupt_row_stops_recovery_with_where_and_what_to_do():
     assert b"b" not in store
 
 
+def test_whatever_fails_in_recovery_is_told_at_once_and_nothing_more_is_applied(monkeypatch):
+    """Faust would log it and wait for ever; a row folded before the worker stops would be of a user who looks new."""
+    store, told = make_store(), []
+    store.on_failure = told.append
+
+    def no_room(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(store.arena, "restore", no_room)
+    changelog(store, [(b"a", encode_row(row_bytes(5)))])
+    assert [str(error) for error in told] == ["no room"] and store.failure is told[0]
+    monkeypatch.undo()
+    changelog(store, [(b"b", encode_row(row_bytes(6)))])
+    assert len(told) == 1 and b"b" not in store
+
+
 def test_corrupt_rows_are_skipped_and_counted_when_told_so():
     store = make_store("skip")
     changelog(store, [(b"a", b"short"), (b"b", encode_row(row_bytes(6)))])

@@ -11,6 +11,7 @@ from faust.types import TP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.errors import CrosscurrentError
 from models.state import decode_row
 from streams.arena import ArenaStore
 from streams.commit import KILL_STEPS, TURNS, Committer, KillSwitch, Watchdog
@@ -207,6 +208,7 @@ async def test_the_steps_of_a_commit_without_rows_are_not_counted():
 async def test_rows_that_another_worker_writes_are_not_ours_to_commit():
     broker = _Broker()
     broker.process(TP("events", 0), 0)
+    broker.process(TP("raw", 1), 0)
     broker.store.standbys = {1}
     broker.store.arena.mark_dirty(broker.store.arena.slots(1, [b"user"]))
     await broker.committer.commit()
@@ -258,8 +260,23 @@ async def test_what_was_revoked_before_its_sends_were_acknowledged_is_not_commit
     broker.committer.on_revoked({tp})
     broker.answers.set()
     await asyncio.sleep(0.01)
+    for turn in range(TURNS):  # the timer goes on during a rebalance
+        await broker.committer.commit_turn(turn)
     assert not broker.durable and not broker.offsets
     broker.committer.on_seek({}, {tp: 0})
     broker.process(tp, 1)
     assert await broker.committer.commit()
     assert broker.durable == {0: 1} and broker.offsets == {tp: 2}
+
+
+async def test_a_send_that_was_cancelled_is_a_failure():
+    broker, tp, failures = _Broker(), TP("events", 0), []
+    broker.committer.on_failure = failures.append
+    broker.answers.clear()
+    broker.process(tp, 1)
+    commit = asyncio.ensure_future(broker.committer.commit())
+    await asyncio.sleep(0.001)
+    broker.sends[tp][0][1].cancel()
+    with pytest.raises(CrosscurrentError, match="a send was cancelled"):
+        await commit
+    assert len(failures) == 1 and not broker.offsets and not broker.durable

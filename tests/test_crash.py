@@ -15,6 +15,7 @@ import pytest
 from fleet import Fleet, WorkerProcess
 
 from models.config import KafkaConfig, TopicsConfig
+from streams.app import EXIT_CRASHED
 from streams.commit import KILL_STEPS, Watchdog
 
 pytestmark = pytest.mark.broker
@@ -125,6 +126,35 @@ async def test_what_is_fetched_during_a_seek_is_not_taken_twice(fleet: Fleet):
         await fleet.drain(first)
         second = fleet.start(prelude=SLOW_SEEK)
         await fleet.committing(500)
+    info = await finish(fleet, second)
+    assert info["scores_repeated"] == info["events_repeated"] == 0
+
+
+SEEKS_FOR_LONG_ONCE = """
+import asyncio
+from streams import transport
+
+seek_to_committed, slept = transport.ConsumerThread.seek_to_committed, []
+
+async def slow_once(self):
+    if not slept:
+        slept.append(await asyncio.sleep(8))
+    return await seek_to_committed(self)
+
+transport.ConsumerThread.seek_to_committed = slow_once
+"""
+
+
+async def test_a_step_of_recovery_beyond_the_request_timeout_ends_the_worker_and_not_its_recovery_alone(fleet: Fleet):
+    """Faust would stay in the group with its partitions, and never be ready."""
+    quick = fleet.config.read_text().replace("[kafka]\n", "[kafka]\nrequest_timeout_s = 4.5\n")
+    fleet.config.write_text(quick)
+    async with fleet.fed(rate=200):
+        first = fleet.start(prelude=SEEKS_FOR_LONG_ONCE)
+        assert await first.ended(60) == EXIT_CRASHED, first.log()
+        assert "kafka.request_timeout_s" in first.log()
+        second = fleet.start()
+        await fleet.committing(300)
     info = await finish(fleet, second)
     assert info["scores_repeated"] == info["events_repeated"] == 0
 

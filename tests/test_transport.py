@@ -6,14 +6,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from aiokafka.errors import IllegalStateError
 from aiokafka.structs import ConsumerRecord
+from faust.tables.recovery import ServiceStopped
 from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
 from mode.threads import QueueServiceThread
 
-from streams.app import CrosscurrentApp, Worker
+from models.errors import CrosscurrentError
+from streams.app import CrosscurrentApp, StepsThatEnd, Tables, Worker
 from streams.codec import Fetched
+from streams.commit import Committer, KillSwitch
+from streams.metrics import Metrics
 from streams.transport import Consumer, batches, register
 from streams.wire import Records, Spans
 
@@ -98,17 +103,28 @@ class Seeking(Consumer):
 
     answers: asyncio.Event
     """Of a seek: the broker has said what is committed."""
+    knows_first: asyncio.Event
+    """… and where its partitions begin."""
     fetched: asyncio.Queue[dict]
+    assigned: set[TP]
+    committed: int | None = None
 
     async def seek_to_committed(self) -> dict:
+        assert self.assignment(), "No partitions are currently assigned"  # as aiokafka does
         await self.answers.wait()
-        return {}
+        return {ONE: self.committed}
+
+    async def earliest_offsets(self, *partitions: TP) -> dict:
+        await self.knows_first.wait()
+        return dict.fromkeys(partitions, 0)
+
+    async def _seek(self, partition: TP, offset: int) -> None: ...
 
     async def _getmany(self, active_partitions: set[TP], timeout: float) -> dict:
         return await self.fetched.get()
 
     def assignment(self) -> set[TP]:
-        return set()
+        return self.assigned
 
     async def taken(self) -> list[TP]:
         return [tp async for tp, _ in self.getmany(1.0)]
@@ -117,7 +133,7 @@ class Seeking(Consumer):
 @pytest.fixture
 async def seeking(consumer: Asking) -> Seeking:
     app = consumer.app
-    app.committer = SimpleNamespace(on_seek=lambda committed, starts: None)
+    app.committer = Committer(None, "changelog", Metrics(), KillSwitch(None))
     app.loaded = asyncio.Event()
     app.loaded.set()
 
@@ -126,6 +142,8 @@ async def seeking(consumer: Asking) -> Seeking:
     seeking = Seeking(app.transport, nothing, nothing, nothing)
     seeking.answers, seeking.fetched = asyncio.Event(), asyncio.Queue()
     seeking.answers.set()
+    seeking.knows_first, seeking.assigned = asyncio.Event(), {ONE}
+    seeking.knows_first.set()
     seeking._active_partitions = {ONE}
     seeking.resume_flow()
     return seeking
@@ -229,6 +247,65 @@ async def test_what_a_seek_brings_again_is_handed_on_though_more_had_been_read_b
     with pytest.raises(asyncio.CancelledError):
         await draining
     assert handed_on == [500, 400]
+
+
+async def test_a_seek_goes_to_what_is_committed_whatever_is_handed_on_meanwhile(seeking: Seeking):
+    """Faust notes what it hands on where it also notes what is committed: a start taken from there lost what lay between."""
+    seeking.committed = 100
+    seeking.knows_first.clear()
+    seek = asyncio.create_task(seeking.perform_seek())
+    await turns()
+    seeking._read_offset[ONE] = 149
+    seeking.knows_first.set()
+    await asyncio.wait_for(seek, 5)
+    assert seeking.committer.position(ONE) == 100
+
+
+async def test_a_seek_that_outlives_a_revocation_gives_nothing_a_position(seeking: Seeking):
+    seeking.committed = 100
+    seeking.answers.clear()
+    seek = asyncio.create_task(seeking.perform_seek())
+    await turns()
+    seeking.committer.on_revoked({ONE})
+    seeking.answers.set()
+    await asyncio.wait_for(seek, 5)
+    assert seeking.committer.position(ONE) is None
+
+
+async def test_without_partitions_nothing_is_sought(seeking: Seeking):
+    """As a worker more than there are partitions: Faust seeks nothing then, and aiokafka would raise."""
+    taking = asyncio.create_task(seeking.taken())
+    await turns()
+    seeking.stop_flow()
+    seeking.fetched.put_nowait(batch_of_one())
+    assert await asyncio.wait_for(taking, 5) == []
+    seeking.assigned = set()
+    seeking.resume_flow()
+    seeking.fetched.put_nowait({})
+    assert await asyncio.wait_for(seeking.taken(), 5) == []
+    assert seeking.seeks == 0
+
+
+async def test_a_partition_that_is_taken_away_during_a_seek_is_left_to_the_rebalance(seeking: Seeking, monkeypatch):
+    async def taken_away(*partitions: TP) -> dict:
+        raise IllegalStateError("not assigned")
+
+    monkeypatch.setattr(seeking, "earliest_offsets", taken_away)
+    seeking._left_at = seeking.seeks
+    seeking.fetched.put_nowait(batch_of_one())
+    assert await asyncio.wait_for(seeking.taken(), 5) == []
+    assert not seeking.seeking
+
+
+async def test_a_step_of_the_recovery_that_takes_too_long_is_no_end_of_it(consumer: Asking):
+    tables = Tables(consumer.app)
+    assert isinstance(tables.recovery, StepsThatEnd) and tables.recovery is tables.recovery
+    with pytest.raises(CrosscurrentError, match=r"kafka\.request_timeout_s"):
+        await tables.recovery._wait(asyncio.sleep(5), timeout=0.01)
+    await tables.recovery._wait(asyncio.sleep(0), timeout=5)
+    tables.recovery._stopped.set()
+    with pytest.raises(ServiceStopped):
+        await tables.recovery._wait(asyncio.sleep(5), timeout=5)
 
 
 async def test_where_all_buffers_stay_full_the_wait_ends_in_time(consumer: Asking):
