@@ -327,8 +327,9 @@ class Student(nn.Module):
         return int.from_bytes(digest.digest()[:4], "little") or 1
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """What a minor version may train; all other tensors decide `h`."""
-        return [parameter for name, parameter in self.named_parameters() if name not in self.RECURRENCE]
+        """What a minor version trains. All other tensors decide `h`, or what all heads hear of it: by a trunk that learned
+        too, a head whose labels take days would be moved by those whose labels take minutes."""
+        return [self.head_weight_POK, self.head_bias_PO]
 
 
 @torch.no_grad()
