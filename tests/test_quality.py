@@ -1,5 +1,6 @@
 """The quality benchmark's own parts: trips, anchors, the split, paired differences. The real data where they are there."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,3 +262,13 @@ def test_a_bar_says_its_value_in_one_line_whatever_it_is():
 def test_zero_shot_counts_each_head_once():
     assert transfer.heads_of(("click", "purchase", "return_1d", "return")) == ["click", "purchase", "return"]
     assert transfer.heads_of(("click", "purchase", "return_1d")) == ["click", "purchase", "return_1d"]
+
+
+@pytest.mark.parametrize(("minutes", "empty", "met"), [(5.9, True, True), (5.9, False, False), (15.1, True, False)])
+def test_the_quick_bar_is_met_in_time_and_without_a_cache(minutes, empty, met):
+    found = quality.quick_bar({"minutes": minutes, "cache_was_empty": empty})
+    assert (found["met"], found["aim_met"], found["value"]["minutes"]) == (met, False, minutes)
+
+
+def test_the_committed_quick_run_began_with_an_empty_cache():
+    assert json.loads(quality.QUICK.read_text())["cache_was_empty"]
