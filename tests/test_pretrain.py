@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from synthetic_history import examples_until, make_canonical, make_config, store_events
+from test_transformer import Stopped, stopping_after
 
 from models.config import Settings
 from models.errors import ConfigError
@@ -22,10 +23,6 @@ from trainer.transformer_fit import load_network
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "one_copy")
-
-
-class Stopped(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +45,6 @@ def task(store):
 def settings_of(folder: Path, **trainer) -> Settings:
     options = {"teacher_transformer": "cpu", "teacher_dir": folder, "teacher_device": "cpu", **trainer}
     return Settings(trainer=options, worker={"data_dir": folder})
-
-
-def stopping_after(n: int):
-    calls = iter(range(n))
-
-    def check() -> None:
-        if next(calls, None) is None:
-            raise Stopped
-
-    return check
 
 
 @pytest.fixture(scope="module")
