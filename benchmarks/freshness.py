@@ -6,10 +6,10 @@
 
 At the relaunch (`SimulatorConfig.relaunch_day`) what a shopper does on both shops hints at the opposite of before;
 behaviour, labels and the best AUC stay. A refresh is a minor version's: recurrence and trunk stay bit for bit, so the state
-is worked out once; heads and calibration learn from labels that had matured by then. Of an event whose label has not, a head
-is to say what the major model says of it, as a round hears the teacher there: else what matures in minutes moves what
-matures in days (learning without forgetting: Li and Hoiem, ECCV 2016). The calibration is fitted on a tenth of the users,
-who never train.
+is worked out once; heads and calibration learn from labels that had matured by then. A head is held, on new events, to what
+the major model says of them until a label of its own has matured that is newer than that model: else it learns from the old
+regime alone while the others move on (learning without forgetting: Li and Hoiem, ECCV 2016). The calibration is fitted on a
+tenth of the users, who never train.
 
 Shapes: N events from KEEP on, T tasks (click, purchase, return), H hidden units, E width, F features.
 Knows nothing of transport: refreshed means a new version at that instant of event time.
@@ -193,11 +193,13 @@ class Fresh:
         return out.gather(1, task[:, None])[:, 0]
 
     def _young(self, now: float) -> list[np.ndarray]:
-        """By task: places of events since the relaunch whose label had not matured; of users who train."""
+        """By task: places of what has been seen since the relaunch, none of whose labels has matured; of users who train.
+        Empty for a task of which some label since then has."""
+        seen = int(np.searchsorted(self.stored.minute_N, now - LATENESS_MIN))
+        first = int(np.searchsorted(self.stored.minute_N, 0.0))
         out = []
         for task, horizon in enumerate(HORIZON_MIN):
-            since, until = max(0.0, now - horizon - LATENESS_MIN), now - LATENESS_MIN
-            first, last = np.searchsorted(self.stored.minute_N, (since, max(since, until)))
+            last = seen if now - horizon - LATENESS_MIN <= 0.0 else first
             of = ~self.stored.held_out_N[first:last] & self.stored.can_NT[first:last, task]
             out.append(first + np.flatnonzero(of))
         return out
@@ -312,7 +314,7 @@ SHOPS = (1, 2)
 def measure(bench: Bench, quick: bool) -> Section:
     """The section `freshness`. Takes the cache of `bench` only."""
     draws = 100 if quick else 400
-    code = hashlib.sha256(repr((CONFIG, MAJOR, OFTEN_MIN, SELDOM_MIN, STEPS, BATCH, REPLAY, WINDOW_DAYS, RATE)).encode())
+    code = hashlib.sha256(Path(__file__).read_text().split("# ── figures")[0].encode())
     for name in ("models/fold.py", "models/student.py", "trainer/fit.py", "streams/simulator.py"):
         code.update((datasets.ROOT / name).read_bytes())
     raw = cached(bench._replace(key=code.hexdigest()[:12]), "freshness", scores)
@@ -359,7 +361,8 @@ def measure(bench: Bench, quick: bool) -> Section:
         "event is scored by the version of its moment and taught once its label has matured (30 min, 1 d, 7 d) and the "
         f"watermark, an hour late, has passed it. {refreshes} refreshes of {STEPS} steps: every {OFTEN_MIN} min in the "
         f"first day, then every {SELDOM_MIN}; heads and calibration only, {REPLAY:.0%} of each step from before the "
-        "relaunch. Of events whose label is not known yet a head is held to what the major model says.",
+        "relaunch. On new events a head is held to what the major model says until a label of its own since then has "
+        "matured.",
         "",
         "| refreshed − frozen, AUC, mean over cells, seven days | point [95 %] |",
         "|---|---|",

@@ -148,14 +148,14 @@ def test_no_label_teaches_before_it_is_known_and_held_out_users_never_do(stored)
             assert (stored.held_out_N[np.r_[new[task], old[task]]] == held_out).all()
 
 
-def test_what_is_young_is_new_seen_and_not_yet_known(stored):
-    fresh, now = freshness.Fresh(Student(simulated.student_config()), stored, 0.5), 3 * 1440.0
-    known = fresh._known(now)[0]
-    for task, (young, horizon) in enumerate(zip(fresh._young(now), (30, 1440, 7 * 1440), strict=True)):
-        minute = stored.minute_N[young]
-        assert len(young) and minute.min() >= 0 and (minute + 60 <= now).all() and (minute + horizon + 60 > now).all()
-        assert not stored.held_out_N[young].any() and not set(young) & set(known[task])
-    assert not any(len(young) for young in fresh._young(0.0))
+def test_what_is_young_is_seen_and_new_and_of_heads_without_a_new_label(stored):
+    fresh = freshness.Fresh(Student(simulated.student_config()), stored, 0.5)
+    for now, heads in ((80.0, {0, 1, 2}), (1000.0, {1, 2}), (3 * 1440.0, {2}), (0.0, set())):
+        young = fresh._young(now)
+        assert {task for task, of in enumerate(young) if len(of)} == heads
+        for of in young:
+            assert (stored.minute_N[of] >= 0).all() and (stored.minute_N[of] + 60 <= now).all()
+            assert not stored.held_out_N[of].any()
 
 
 def test_a_head_is_held_to_what_the_major_says_where_no_label_is_known(stored, monkeypatch):

@@ -70,13 +70,18 @@ async def test_a_worker_that_drained_starts_again_from_its_snapshots(fleet: Flee
     assert sum(line["rows_read"] for line in said(second, "state.recovered")) == 0
 
 
-SLOW_TO_SEND = """
+TOLD_TO_STOP_IN_A_SNAPSHOT = """
 import asyncio
+import os
+import signal
 from streams.commit import Committer, Sender
 
-commit_partition, hand_over = Committer.commit_partition, Sender._hand_over
+commit_partition, hand_over, waited_for = Committer.commit_partition, Sender._hand_over, []
 
-async def said_when_cancelled(committer, number):
+async def told_to_stop(committer, number):
+    waited_for.extend([number] * bool(committer._sends.get(number)))
+    if len(waited_for) == 5:
+        asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGTERM)
     try:
         return await commit_partition(committer, number)
     except asyncio.CancelledError:
@@ -84,10 +89,10 @@ async def said_when_cancelled(committer, number):
         raise
 
 async def late(sender, *batch):
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.5)
     return await hand_over(sender, *batch)
 
-Committer.commit_partition, Sender._hand_over = said_when_cancelled, late
+Committer.commit_partition, Sender._hand_over = told_to_stop, late
 """
 
 
@@ -95,9 +100,8 @@ async def test_a_worker_that_is_told_to_stop_while_a_snapshot_is_committed_loses
     """What that commit waits for belongs to none that follows."""
     configure(fleet, "snapshot_interval_s = 0.01")
     async with fleet.fed():
-        first = fleet.start(prelude=SLOW_TO_SEND)
-        await fleet.committing(300)
-        await fleet.drain(first)
+        first = fleet.start(prelude=TOLD_TO_STOP_IN_A_SNAPSHOT)
+        assert await first.ended(60) == 0, first.log()
         second = fleet.start()
         await fleet.committing(300)
     info = await finish(fleet, second)
