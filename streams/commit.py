@@ -145,6 +145,7 @@ class Committer:
         self._unclaimed: set[asyncio.Future] = set()
         """Of the batch that is being processed."""
         self.revocations = 0
+        """How often partitions were taken away, so far."""
         self.consumer: Any = None
         self.sender: Sender
         self.on_failure: Callable[[BaseException], None]
