@@ -43,10 +43,9 @@ class Columns(NamedTuple):
 def tripped(bench: Bench) -> dict[str, str]:
     """What went wrong, by canary; empty where nothing did."""
     history = bench.data.history
-    whole = replayed(history, None)
-    until_U = before_test(bench)
-    wrong = shuffled(bench) | alone(bench) | looked_ahead(whole, replayed(history, until_U))
-    if not looked_ahead(with_next(history, whole), with_next(history, replayed(history, until_U))):
+    whole, part = replayed(history, None), replayed(history, before_test(bench))
+    wrong = shuffled(bench) | alone(bench) | looked_ahead(whole, part)
+    if not looked_ahead(with_next(history, whole), with_next(history, part)):
         wrong["planted future"] = "the time until the user's next event was not caught"
     if differing(whole, live(history)):
         wrong["replay"] = "features folded in micro-batches are not the same bytes"

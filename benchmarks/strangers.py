@@ -13,10 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.baselines import BASELINES, DISTIL, PLAIN, fixed, heard, members_of, models_of, tuned
-from benchmarks.cells import Bench, Section, difference, judge, student, table
+from benchmarks.baselines import BASELINES, models_of
+from benchmarks.cells import Bench, Section, difference, judge, table
 from benchmarks.datasets import TEST
-from trainer.teacher import choose, mean_of
 
 SHARE, DRAWS = 4, 200
 """One user in so many is a stranger."""
@@ -29,31 +28,20 @@ def strangers(user_M: np.ndarray) -> np.ndarray:
 
 
 def without(bench: Bench) -> Bench:
-    """The same events; of the strangers nothing is to be learned or chosen by, and only the others calibrate."""
+    """The same events; of the strangers nothing is to be learned, chosen, calibrated or asked by, as all but their test lies
+    before the first day of training. The others are not judged."""
     examples, data = bench.examples, bench.data
     known_M = ~strangers(examples.user_M)
     masks = {name: getattr(examples, name) & known_M[:, None] for name in ("learn_MT", "check_MT")}
     examples = replace(examples, **masks, learn_next_M=examples.learn_next_M & known_M)
-    right_N = strangers(data.history.user) == (data.split_N == TEST)
-    data = data._replace(anchor_N=data.anchor_N & right_N, uncapped_N=data.uncapped_N & right_N)
+    theirs_N, test_N = strangers(data.history.user), data.split_N == TEST
+    right_N = theirs_N == test_N
+    data = data._replace(
+        split_N=np.where(theirs_N & ~test_N, -2, data.split_N).astype(data.split_N.dtype),
+        anchor_N=data.anchor_N & right_N,
+        uncapped_N=data.uncapped_N & right_N,
+    )
     return bench._replace(examples=examples, data=data, key=f"{bench.key}-strangers{SHARE}")
-
-
-def trained_without(bench: Bench, trials: int) -> dict[str, np.ndarray]:
-    """(M, T) logits of SHOWN; `bench` as `without` gives it."""
-    members = members_of(bench)
-    kept, _ = choose(bench.examples, members)
-    teacher_MT = mean_of(members, kept, bench.examples.platform_M)
-    soft_MT = heard(bench, teacher_MT)
-    soft_MT[strangers(bench.examples.user_M)] = np.nan
-    return {
-        "logistic": members["logistic"],
-        "boosting": fixed(bench),
-        "boosting_tuned": tuned(bench, trials),
-        "teacher": teacher_MT,
-        "student": student(bench, "student", PLAIN),
-        "distilled": student(bench, "distilled", DISTIL, soft_MT),
-    }
 
 
 def measure(bench: Bench, quick: bool) -> Section:
@@ -61,8 +49,9 @@ def measure(bench: Bench, quick: bool) -> Section:
     trials = 4 if quick else 12
     main, _, _ = models_of(bench, range(1), trials)
     other = without(bench)
-    models = trained_without(other, trials) | {f"{name}, knows them": main[name][0] for name in SHOWN}
-    cells = judge(other, {name: [logits_MT] for name, logits_MT in models.items()}, DRAWS)
+    anew, _, _ = models_of(other, range(1), trials)
+    models = {name: anew[name] for name in SHOWN} | {f"{name}, knows them": main[name] for name in SHOWN}
+    cells = judge(other, models, DRAWS)
     compared = {
         "distilled − best baseline": difference(cells, "distilled", BASELINES),
         "… log-loss": difference(cells, "distilled", BASELINES, "log_loss"),

@@ -145,7 +145,7 @@ def test_consumer_internals_are_initialised():
 
 
 def test_faust_asks_what_it_has_read_by_item_and_sees_no_gap_where_nothing_is_known():
-    """`streams.transport._ReadOffsets` answers None there, and what a seek has noted to `get`."""
+    """`streams.transport._ReadOffsets` answers None there."""
     source = inspect.getsource(Consumer._drain_messages)
     assert "get_read_offset = self._read_offset.__getitem__" in source
     assert "if r_offset is None or offset >= r_offset:" in source and "if gap > 1 and r_offset:" in source

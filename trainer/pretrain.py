@@ -45,6 +45,7 @@ from trainer.watch import Stages
 log = structlog.get_logger("crosscurrent.trainer")
 
 EPOCHS, PATIENCE = 6, 2
+KEPT = "transformer.safetensors"
 LONGEST = timedelta(hours=12)
 """That the other ranks wait for the offsets."""
 
@@ -64,7 +65,7 @@ def fit_kept(
     or damaged, is deleted, and the log says so. Every rank of torch.distributed calls it alike.
 
     Raises `ConfigError` where settings and this machine do not fit, and what `check` raises."""
-    options, folder = settings.trainer, Path(settings.trainer.teacher_dir)
+    options, folder = settings.trainer, settings.trainer.teacher_dir
     config = TransformerConfig.of(
         options.teacher_transformer,
         examples.columns.features_NF.shape[1],
@@ -74,7 +75,7 @@ def fit_kept(
         task_weights=options.teacher_task_weights,
     )
     schedule = Schedule(epochs=EPOCHS, batch_events=8192, rate=1e-3, patience=PATIENCE, seed=options.seed)
-    last = _last(folder / "transformer.safetensors")
+    last = _last(folder / KEPT)
 
     def fit() -> FittedTransformer:
         return fit_transformer(
@@ -132,7 +133,7 @@ def _last(path: Path) -> Transformer | None:
 
 def _keep(network: Transformer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_network(network, folder / "transformer.safetensors")
+    save_network(network, folder / KEPT)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
@@ -232,6 +233,6 @@ def pretrain(settings: Settings) -> dict:
             "epochs": fitted.epochs,
             "log_loss": round(fitted.check_loss, 6),
             "log_loss_of_the_offsets": round(fitted.offset_loss, 6),
-            "kept": str(Path(settings.trainer.teacher_dir) / "transformer.safetensors"),
+            "kept": str(settings.trainer.teacher_dir / KEPT),
             "seconds": round(time.monotonic() - started_s, 1),
         }
